@@ -1,0 +1,163 @@
+"""Collectives and products by signature: the one place where lax's collectives are called.
+
+    h = all_gather("I/s/g B/d -> I/s B/d", h, **axes)
+
+Every call is checked while it is traced: the signature against the rules of its operation
+(tpmlp.layout), the operand's rank against its layout, and the axes of its layout against the
+axes on which JAX knows the value to differ (shard_map's check_vma). So a layout that forgets an
+axis, or claims one, is refused before anything runs. The keywords bind roles to mesh axes:
+`axes = {"g": "x", "s": "y", "d": "data"}`.
+
+A collective over an axis of size 1 is nothing, and nothing is what is emitted.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tpmlp.layout import (
+    Layout,
+    Signature,
+    einsum_formula,
+    gathered,
+    parse_layout,
+    parse_signature,
+    reduced,
+    scattered,
+)
+
+__all__ = ["all_gather", "all_reduce", "block_index", "einsum", "reduce_scatter"]
+
+
+def all_gather(signature: str, x: jax.Array, **axes: str) -> jax.Array:
+    """Join the blocks of one dim, so that every device of the axis holds all of them.
+
+    As a function on the list of blocks along the axis: out[i] = concatenate(blocks).
+
+    Args:
+        signature: for example "I/s/g B/d -> I/s B/d".
+        x: the local block.
+        **axes: mesh axis of each role.
+
+    Raises:
+        LayoutError: the signature is no all-gather, or does not describe x.
+    """
+    parsed = parse_signature(signature)
+    dim, roles = gathered(parsed)
+    _check_operand(parsed, parsed.operands[0], x, axes)
+    names = _live(roles, axes)
+    # "invarying" makes the result provably equal on all devices of the axis, which later
+    # signatures rely on; the plain all_gather leaves the value marked as device-dependent.
+    return lax.all_gather(x, names, axis=dim, tiled=True, to="invarying") if names else x
+
+
+def reduce_scatter(signature: str, x: jax.Array, **axes: str) -> jax.Array:
+    """Sum over an axis and leave each device one block of one dim.
+
+    As a function on the list of blocks along the axis: out[i] = split(sum(blocks))[i].
+
+    Args:
+        signature: for example "O/g B/d +s -> O/g/s B/d".
+        x: the local partial sum.
+        **axes: mesh axis of each role.
+
+    Raises:
+        LayoutError: the signature is no reduce-scatter, does not describe x, or the axis does not
+            divide the dim.
+    """
+    parsed = parse_signature(signature)
+    dim, roles = scattered(parsed)
+    _check_operand(parsed, parsed.operands[0], x, axes)
+    names = _live(roles, axes)
+    size = _size(names)
+    if x.shape[dim] % size:
+        raise parsed.refuse(
+            f"splits dim {parsed.result.dims[dim].name} of local size {x.shape[dim]} over "
+            f"{size} devices. Pad it to a multiple."
+        )
+    return lax.psum_scatter(x, names, scatter_dimension=dim, tiled=True) if names else x
+
+
+def all_reduce(
+    signature: str, x: jax.Array, *, op: Literal["sum", "max"] = "sum", **axes: str
+) -> jax.Array:
+    """Sum (or take the maximum) over axes, so that every device holds the result.
+
+    As a function on the list of blocks along the axis: out[i] = sum(blocks).
+
+    Args:
+        signature: for example "O/g I/s +d -> O/g I/s".
+        x: the local partial result.
+        op: "sum" or "max"; for max, read +d as "partial maximum over d".
+        **axes: mesh axis of each role.
+
+    Raises:
+        LayoutError: the signature is no all-reduce, or does not describe x.
+    """
+    parsed = parse_signature(signature)
+    roles = reduced(parsed)
+    _check_operand(parsed, parsed.operands[0], x, axes)
+    names = _live(roles, axes)
+    reduction = {"sum": lax.psum, "max": lax.pmax}[op]
+    return reduction(x, names) if names else x
+
+
+def einsum(signature: str, *operands: jax.Array, **axes: str) -> jax.Array:
+    """Multiply and sum local blocks; what is summed over a split dim is a partial sum.
+
+    No communication: a contraction over "I/s" must leave "+s" in the result.
+
+    Args:
+        signature: for example "O/g I/s, I/s B/d -> O/g B/d +s".
+        *operands: the local blocks.
+        **axes: mesh axis of each role.
+
+    Raises:
+        LayoutError: the signature is not honest, or does not describe the operands.
+    """
+    formula = einsum_formula(signature)
+    parsed = parse_signature(signature)
+    if len(operands) != len(parsed.operands):
+        raise parsed.refuse(f"names {len(parsed.operands)} operands: got {len(operands)}.")
+    for layout, x in zip(parsed.operands, operands, strict=True):
+        _check_operand(parsed, layout, x, axes)
+    return jnp.einsum(formula, *operands)
+
+
+def block_index(dim: str, **axes: str) -> jax.Array | int:
+    """Return the index of this device's block of a dim, for example of "O/g/s".
+
+    Counted major axis first; an int 0 where the dim is not split.
+    """
+    (parsed,) = parse_layout(dim).dims
+    index: jax.Array | int = 0
+    for name in _live(parsed.axes, axes):
+        index = index * lax.axis_size(name) + lax.axis_index(name)
+    return index
+
+
+def _live(roles: tuple[str, ...], axes: dict[str, str]) -> tuple[str, ...]:
+    return tuple(axes[role] for role in roles if lax.axis_size(axes[role]) > 1)
+
+
+def _size(names: tuple[str, ...]) -> int:
+    size = 1
+    for name in names:
+        size *= lax.axis_size(name)
+    return size
+
+
+def _check_operand(signature: Signature, layout: Layout, x: jax.Array, axes: dict[str, str]):
+    if x.ndim != len(layout.dims):
+        raise signature.refuse(f'calls an array of shape {x.shape} "{layout}": ranks differ.')
+    if unbound := layout.axes.union(signature.result.axes) - axes.keys():
+        raise signature.refuse(f"uses axes {sorted(unbound)} that are not bound: got {axes}.")
+    claimed = set(_live(tuple(layout.axes), axes))
+    varying = {n for n in jax.typeof(x).manual_axis_type.varying if lax.axis_size(n) > 1}
+    if claimed != varying:
+        raise signature.refuse(
+            f'calls an array "{layout}", which differs over mesh axes {sorted(claimed)}, while the '
+            f"array differs over {sorted(varying)}. Name every axis, split or +partial, and no more."
+        )
