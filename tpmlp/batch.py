@@ -1,0 +1,203 @@
+"""Batches: samples checked, padded and placed once, at the boundary between the user and the kernel.
+
+Users have samples as rows. On the devices x is [B, d_0] with the rows split over data and the
+features as layer 1 reads them; rows that fill the batch up have weight 0 and count nowhere.
+"""
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from tpmlp.checks import as_array, check_finite, check_length
+from tpmlp.layout import padded
+from tpmlp.losses import Cotangent, CrossEntropy, Loss, Output, get_loss
+from tpmlp.placement import Placement, place
+from tpmlp.strategy import Strategy
+
+
+class Batch(NamedTuple):
+    """Samples on their devices; a tuple, so that step(params, *batch) takes it.
+
+    Attributes:
+        x: [B, d_0], padded.
+        y: targets [B] or [B, d_{L+1}], padded; None for a loss without targets.
+        weight: [B], 0 for the rows that pad the batch.
+    """
+
+    x: Any
+    y: Any
+    weight: Any
+
+
+def shard_batch(
+    model: Any,
+    x: Any,
+    y: Any = None,
+    *,
+    mesh: Mesh,
+    strategy: Strategy | None = None,
+    weight: Any = None,
+    loss: Any = None,
+) -> Batch:
+    """Check a batch, pad it and place it on the mesh.
+
+    A step takes the result without another look; arrays that are not placed are checked and
+    placed at every call.
+
+    Args:
+        model: the model it is for.
+        x: samples [B, d_0], real numbers.
+        y: targets: integer labels [B], values [B, d_out], or None.
+        mesh: the mesh.
+        strategy: Strategy() by default.
+        weight: sample weights [B], at least 0, not all 0; 1 by default.
+        loss: the loss it is for. By default labels for y of integers [B] with d_out > 1, values
+            for the rest; needed for a user's own loss.
+
+    Returns:
+        A Batch.
+
+    Raises:
+        ValueError: a wrong shape, dtype or length, a NaN or an infinity, a label out of range;
+            with the name, the value and the row.
+
+    Examples:
+        >>> import numpy as np, tpmlp
+        >>> mesh = tpmlp.make_mesh(data=4, x=2)
+        >>> mlp = tpmlp.MLP((3, 10))
+        >>> batch = shard_batch(mlp, np.ones((30, 3)), np.zeros(30, int), mesh=mesh)
+        >>> batch.x.shape, int(batch.weight.sum())
+        ((32, 4), 30)
+    """
+    placement = place(model.widths, mesh, strategy)
+    meant = _infer_loss(y, placement.widths[-1]) if loss is None else get_loss(loss)
+    return place_batch(placement, meant, Batch(x, y, weight))
+
+
+def place_batch(placement: Placement, loss: Loss, batch: Batch) -> Batch:
+    """Return the batch checked, padded and placed; a batch that is placed already is left alone.
+
+    Traced arrays (inside a caller's jit) have no values to check: their shapes are.
+    """
+    if any(isinstance(array, jax.core.Tracer) for array in batch):
+        padded_shapes = _padded_shapes(placement, loss, jnp.shape(batch.x)[0])
+        if batch.weight is not None and _shapes(batch) == padded_shapes:
+            return batch
+        return _pad(placement, loss, check_shapes(placement, loss, batch), jnp)
+    shardings = batch_shardings(placement, loss)
+    if all(map(_is_placed, batch, shardings)):
+        return batch
+    on_host = Batch(*(a if a is None else np.asarray(a) for a in batch))
+    on_host = check_shapes(placement, loss, on_host)
+    _check_values(placement, loss, on_host)
+    full = _pad(placement, loss, on_host, np)
+    return Batch(*(a if a is None else jax.device_put(a, s)
+                   for a, s in zip(full, shardings, strict=True)))  # fmt: skip
+
+
+def batch_shardings(placement: Placement, loss: Loss) -> Batch:
+    """Return the sharding of each array of a batch; None for targets that do not exist."""
+    rows = placement.sharding("B/d", 1)
+    num_layers = len(placement.words)
+    y = placement.sharding("B/d O/g/s", num_layers) if loss.targets == "values" else rows
+    return Batch(placement.sharding("B/d I/s/g", 1), None if loss.targets is None else y, rows)
+
+
+def check_features(x: Any, width: int) -> Any:
+    """Return x [B, width] as an array, integers as floats, or refuse its shape or dtype."""
+    x = as_array("x", x)
+    if x.ndim != 2 or x.shape[1] != width:
+        raise ValueError(
+            f"x must have shape [B, d_0] with d_0={width}: got x of shape {x.shape}. Samples are "
+            "rows: reshape each to one row; pass all of a Batch from shard_batch, step(params, "
+            "*batch)."
+        )
+    if x.shape[0] == 0:
+        raise ValueError(f"x must have at least one row: got x of shape {x.shape}.")
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(_default_float())
+
+
+def check_shapes(placement: Placement, loss: Loss, batch: Batch) -> Batch:
+    """Return the batch with its shapes and dtypes checked and a weight for each sample."""
+    x = check_features(batch.x, placement.widths[0])
+    num_samples = x.shape[0]
+    y = loss.check_targets(batch.y, num_samples, placement.widths[-1])
+    if loss.targets == "values":
+        y = y.astype(x.dtype)
+    if batch.weight is None:
+        return Batch(x, y, np.ones(num_samples, x.dtype))
+    weight = as_array("weight", batch.weight)
+    check_length("weight", weight, num_samples)
+    if weight.ndim != 1:
+        raise ValueError(f"weight must have shape [B]: got weight of shape {weight.shape}.")
+    return Batch(x, y, weight.astype(x.dtype))
+
+
+def _check_values(placement: Placement, loss: Loss, batch: Batch) -> None:
+    check_finite("x", batch.x)
+    if batch.y is not None:
+        loss.check_target_values(batch.y, placement.widths[-1])
+    check_finite("weight", batch.weight)
+    if (batch.weight < 0).any() or not (batch.weight > 0).any():
+        row = int(np.argmin(batch.weight))
+        raise ValueError(
+            f"weight must be at least 0 and not all 0: got weight={batch.weight[row]} in row "
+            f"{row}. Leave weight out to count every sample once."
+        )
+
+
+def _pad(placement: Placement, loss: Loss, batch: Batch, library: ModuleType) -> Batch:
+    """Fill rows up to a multiple of data and features to the padded widths, all with 0."""
+    target = _padded_shapes(placement, loss, batch.x.shape[0], batch.y)
+
+    def fill(array: Any, shape: tuple[int, ...] | None) -> Any:
+        if array is None or array.shape == shape:
+            return array
+        return library.pad(array, [(0, n - m) for m, n in zip(array.shape, shape, strict=True)])
+
+    return Batch(*map(fill, batch, target))
+
+
+def _padded_shapes(placement: Placement, loss: Loss, rows: int, y: Any = None) -> Batch:
+    rows = padded(rows, placement.sizes["data"])
+    d_in, d_out = placement.padded_widths[0], placement.padded_widths[-1]
+    targets = {
+        "values": (rows, d_out),
+        "labels": (rows,),
+        "any": (rows, *jnp.shape(y)[1:]),
+        None: None,
+    }[loss.targets]
+    return Batch((rows, d_in), targets, (rows,))
+
+
+def _shapes(batch: Batch) -> Batch:
+    return Batch(*(None if a is None else jnp.shape(a) for a in batch))
+
+
+def _is_placed(array: Any, sharding: NamedSharding | None) -> bool:
+    """Whether an array needs no check: it has the step's own sharding, on the step's own mesh."""
+    if array is None or sharding is None:
+        return array is sharding
+    given = getattr(array, "sharding", None)
+    return (
+        isinstance(given, NamedSharding)
+        and given.mesh == sharding.mesh
+        and given.is_equivalent_to(sharding, array.ndim)
+    )
+
+
+def _infer_loss(y: Any, num_outputs: int) -> Loss:
+    """Return a loss with the kind of targets that y looks like."""
+    if y is None:
+        return Output()
+    y = as_array("y", y)
+    labels = y.ndim == 1 and jnp.issubdtype(y.dtype, jnp.integer) and num_outputs > 1
+    return CrossEntropy() if labels else Cotangent()
+
+
+def _default_float() -> Any:
+    return jax.dtypes.canonicalize_dtype(float)

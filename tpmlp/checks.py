@@ -1,0 +1,83 @@
+"""What users pass, checked once at the public boundary, before anything is compiled.
+
+Every refusal is a ValueError that gives the name, the value and what to do. Functions that look
+only at shape and dtype accept traced arrays too; those that look at values take NumPy arrays.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def as_array(name: str, value: Any) -> Any:
+    """Return value as an array, JAX's left as they are; refuse None and what has no numbers."""
+    if isinstance(value, jax.Array):
+        return value
+    if value is None:
+        raise ValueError(f"{name} must be given: got {name}=None.")
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf" and array.dtype != jnp.bfloat16:
+        raise ValueError(
+            f"{name} must be an array of real numbers: got {name} of dtype {array.dtype}. "
+            "Convert it first."
+        )
+    return array
+
+
+def check_length(name: str, array: Any, num_samples: int) -> None:
+    """Refuse an array that has not one row for each sample."""
+    if array.ndim == 0 or array.shape[0] != num_samples:
+        raise ValueError(
+            f"{name} must have one row for each row of x: got {name} of shape {array.shape}, "
+            f"x with {num_samples} rows."
+        )
+
+
+def check_labels(loss: str, y: Any, num_samples: int) -> Any:
+    """Return integer labels [B], or refuse them."""
+    y = as_array("y", y)
+    if y.ndim != 1 or not jnp.issubdtype(y.dtype, jnp.integer):
+        raise ValueError(
+            f"y must be integer labels of shape [B] for {loss}: got y of shape {y.shape} and "
+            f"dtype {y.dtype}. Use y.astype(int), or argmax for one-hot rows."
+        )
+    check_length("y", y, num_samples)
+    return y
+
+
+def check_values(loss: str, y: Any, num_samples: int, num_outputs: int) -> Any:
+    """Return targets [B, C], or refuse them; [B] will do where C = 1."""
+    y = as_array("y", y)
+    check_length("y", y, num_samples)
+    y = y[:, None] if y.ndim == 1 and num_outputs == 1 else y
+    if y.shape != (num_samples, num_outputs):
+        raise ValueError(
+            f"y must have shape [B, d_out] = {(num_samples, num_outputs)} for {loss}: got y of "
+            f"shape {y.shape}."
+        )
+    return y
+
+
+def check_finite(name: str, array: np.ndarray) -> None:
+    """Refuse NaN and infinity, naming the first row that has one."""
+    if array.dtype.kind in "biu" or np.isfinite(array).all():
+        return
+    finite = np.isfinite(array.reshape(len(array), -1)).all(axis=1)
+    row = int(np.flatnonzero(~finite)[0])
+    value = array[row][~np.isfinite(array[row])].flat[0] if array.ndim > 1 else array[row]
+    raise ValueError(
+        f"{name} must be finite: got {value} in row {row} of {name} "
+        f"({int((~finite).sum())} such rows). Remove or fill them."
+    )
+
+
+def check_range(name: str, labels: np.ndarray, low: int, high: int) -> None:
+    """Refuse integers outside low .. high, naming the first."""
+    wrong = np.flatnonzero((labels < low) | (labels > high))
+    if wrong.size:
+        raise ValueError(
+            f"{name} must be in {low} .. {high}: got {labels[wrong[0]]} in row {wrong[0]} "
+            f"({wrong.size} such rows). Map the labels, or give the model more outputs."
+        )

@@ -1,0 +1,1 @@
+"""What one device does: layers, the recursion over them, and what they cost."""

@@ -1,0 +1,168 @@
+"""Placement: which device holds which part of every array of a model.
+
+A strategy's words become roles here: each layer gathers over one tensor axis and scatters over
+the other. On a mesh with one tensor axis that is larger than 1, "column" gathers over it and "row"
+scatters over it, and every layer is free. With two, the output of a layer is split "O/g/s" and the
+next layer reads it as "I/s/g": the roles must alternate.
+
+Widths are logical (what the user gave) or padded (a multiple of M = X * Y, what arrays have).
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tpmlp.kernels.cost import layer_words
+from tpmlp.layout import padded, partition_spec
+from tpmlp.mesh import check_mesh
+from tpmlp.strategy import Strategy
+
+OTHER = {"column": "row", "row": "column"}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The roles of every layer of a chain of dense layers on a mesh, and what follows from them.
+
+    Layers are counted from 1 as in the mathematics; tuples hold layer l at index l - 1.
+
+    Attributes:
+        widths: logical widths d_0 .. d_{L+1}.
+        mesh: the mesh.
+        words: "column" or "row" for each layer.
+    """
+
+    widths: tuple[int, ...]
+    mesh: Mesh
+    words: tuple[str, ...]
+
+    @property
+    def num_blocks(self) -> int:
+        """M = X * Y, the devices over which features are split."""
+        return self.mesh.shape["x"] * self.mesh.shape["y"]
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Devices on each mesh axis."""
+        return dict(self.mesh.shape)
+
+    @cached_property
+    def padded_widths(self) -> tuple[int, ...]:
+        """Widths that arrays have: the least multiples of M."""
+        return tuple(padded(width, self.num_blocks) for width in self.widths)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether any width is."""
+        return self.widths != self.padded_widths
+
+    @cached_property
+    def axes(self) -> tuple[dict[str, str], ...]:
+        """Mesh axis of the roles g, s and d, for each layer."""
+        main, other = _tensor_axes(self.mesh)
+        bind = {
+            "column": {"g": main, "s": other, "d": "data"},
+            "row": {"g": other, "s": main, "d": "data"},
+        }
+        return tuple(bind[word] for word in self.words)
+
+    def spec(self, layout: str, layer: int) -> PartitionSpec:
+        """Return the PartitionSpec of a layout under the roles of a layer (1-based)."""
+        return partition_spec(layout, self.mesh, self.axes[layer - 1])
+
+    def sharding(self, layout: str, layer: int) -> NamedSharding:
+        """Return the NamedSharding of a layout under the roles of a layer (1-based)."""
+        return NamedSharding(self.mesh, self.spec(layout, layer))
+
+    @cached_property
+    def layer_specs(self) -> tuple[tuple[PartitionSpec, PartitionSpec], ...]:
+        """PartitionSpecs of (W_l, b_l), for each layer."""
+        layers = range(1, len(self.words) + 1)
+        return tuple((self.spec("O/g I/s", l), self.spec("O/g/s", l)) for l in layers)
+
+    def layer_shapes(self, layer: int) -> tuple[tuple[int, int], tuple[int]]:
+        """Return the padded shapes of (W_l, b_l)."""
+        d_in, d_out = self.padded_widths[layer - 1 : layer + 1]
+        return (d_out, d_in), (d_out,)
+
+
+@lru_cache(maxsize=None)
+def place(widths: tuple[int, ...], mesh: Mesh, strategy: Strategy | None = None) -> Placement:
+    """Return where a chain of dense layers lives on a mesh under a strategy.
+
+    Args:
+        widths: logical widths d_0 .. d_{L+1}.
+        mesh: made by tpmlp.make_mesh.
+        strategy: Strategy() by default.
+
+    Raises:
+        ValueError: the mesh has other axes; the layout names another number of layers; x and y
+            are both larger than 1 and the layers do not alternate.
+
+    Examples:
+        >>> from tpmlp.mesh import make_mesh
+        >>> place((64, 16, 256), make_mesh(x=4, y=1), Strategy()).words
+        ('row', 'column')
+    """
+    check_mesh(mesh)
+    layout = (strategy or Strategy()).layout
+    words = _words(layout, widths, mesh)
+    x, y = mesh.shape["x"], mesh.shape["y"]
+    if len(words) != len(widths) - 1:
+        raise ValueError(
+            f"layout must have one word a layer: got {len(words)} words {words}, "
+            f"num_layers={len(widths) - 1}. Use 'auto' or {len(widths) - 1} words."
+        )
+    clash = next((l for l, pair in enumerate(zip(words, words[1:], strict=False), 1)
+                  if pair[0] == pair[1]), None)  # fmt: skip
+    if x > 1 and y > 1 and clash:
+        raise ValueError(
+            f"layout must alternate column and row when x and y are both larger than 1, because a "
+            f"layer leaves its output split in the order that only the other role reads: got "
+            f"layout={layout!r}, x={x}, y={y}, layers {clash} and {clash + 1} both "
+            f"{words[clash]!r}. Use layout='alternate' or 'auto', or a mesh with x=1 or y=1."
+        )
+    return Placement(widths, mesh, words)
+
+
+def _words(
+    layout: str | tuple[str, ...], widths: tuple[int, ...], mesh: Mesh
+) -> tuple[str, ...]:
+    num_layers = len(widths) - 1
+    if isinstance(layout, tuple):
+        return layout
+    if layout in OTHER:
+        return (layout,) * num_layers
+    if layout == "alternate":
+        return _alternate("column", num_layers)
+    return _fewest_words(widths, mesh)
+
+
+def _alternate(first: str, num_layers: int) -> tuple[str, ...]:
+    return tuple((first, OTHER[first])[i % 2] for i in range(num_layers))
+
+
+def _fewest_words(widths: tuple[int, ...], mesh: Mesh) -> tuple[str, ...]:
+    """Choose the layout that moves the fewest words; column where it makes no difference."""
+    main, other = (mesh.shape[axis] for axis in _tensor_axes(mesh))
+    wide = [padded(width, main * other) for width in widths]
+
+    def words(layer: int, word: str) -> float:
+        g, s = (main, other) if word == "column" else (other, main)
+        return layer_words(
+            d_in=wide[layer], d_out=wide[layer + 1], g=g, s=s, input_gradient=layer > 0
+        )
+
+    num_layers = len(widths) - 1
+    if other == 1:
+        return tuple(min(OTHER, key=lambda word: words(i, word)) for i in range(num_layers))
+    candidates = [_alternate(first, num_layers) for first in OTHER]
+    totals = [np.sum([words(i, word) for i, word in enumerate(c)]) for c in candidates]
+    return candidates[int(np.argmin(totals))]
+
+
+def _tensor_axes(mesh: Mesh) -> tuple[str, str]:
+    """Return the axis that "column" gathers over, and the other one."""
+    return ("y", "x") if mesh.shape["x"] == 1 else ("x", "y")
