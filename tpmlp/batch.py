@@ -66,7 +66,7 @@ def shard_batch(
             with the name, the value and the row.
 
     Examples:
-        >>> import numpy as np, tpmlp
+        >>> import jax, numpy as np, tpmlp
         >>> mesh = tpmlp.make_mesh(data=4, x=2)
         >>> mlp = tpmlp.MLP((3, 10))
         >>> batch = shard_batch(mlp, np.ones((30, 3)), np.zeros(30, int), mesh=mesh)

@@ -224,8 +224,9 @@ def partition_spec(layout: str, mesh: Mesh, axes: Mapping[str, str]) -> Partitio
 
     Examples:
         >>> from tpmlp.mesh import make_mesh
-        >>> partition_spec("I/s/g B/d", make_mesh(x=4, y=2), {"g": "x", "s": "y", "d": "data"})
-        PartitionSpec(('y', 'x'), None)
+        >>> axes = {"g": "x", "s": "y", "d": "data"}
+        >>> tuple(partition_spec("I/s/g B/d", make_mesh(x=4, y=2), axes))
+        (('y', 'x'), None)
     """
     parsed = parse_layout(layout)
     if parsed.partial:
