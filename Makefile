@@ -1,0 +1,105 @@
+# Everything one does with this repository. A target first makes the environment if it needs one: a
+# fresh clone takes python3 (3.11 or newer), make and git. `make help` lists the targets.
+
+PYTHON ?= python3
+
+# Another interpreter gets an environment of its own, so that two can be tested side by side.
+ifeq ($(PYTHON),python3)
+VENV := .venv
+else
+SERIES := import sys; print("%d.%d" % sys.version_info[:2])
+VENV := .venv-$(shell "$(PYTHON)" -c '$(SERIES)' 2>/dev/null)
+endif
+BIN := $(VENV)/bin
+READY := $(VENV)/.set-up
+READY_GPU := $(VENV)/.set-up-gpu
+
+EXTRAS := dev,exchange,experiments
+# Installed first and used without build isolation, which would fetch unpinned ones.
+BUILD_TOOLS := hatchling editables
+PIP_INSTALL := -m pip --disable-pip-version-check -qq install
+PINNED_INSTALL := $(BIN)/python $(PIP_INSTALL) --constraint constraints.txt
+INSTALL_PACKAGE := $(PINNED_INSTALL) --no-build-isolation --editable
+
+# Each worker runs eight simulated devices; PYTEST_ARGS="-n 0" runs all in one process.
+PYTEST := $(BIN)/python -m pytest -n 2
+
+TRAIN_VARIABLES := DATA TARGET LOSS WIDTHS ACTIVATION X Y DATA_PARALLEL DEVICES LAYOUT L2 \
+                   STEPS BATCH LR SEED SEEDS OUT
+
+# $(call flag,DATA_PARALLEL) is --data-parallel='TEXT', or nothing where the variable is empty.
+# TEXT arrives as typed: spaces, commas, dollar signs and apostrophes included.
+flag = $(if $(value $(1)),--$(shell echo $(1) | tr A-Z_ a-z-)='$(subst ','\'',$(value $(1)))')
+
+# $(call refuse,MESSAGE) ends a recipe line: what happens when its command fails.
+refuse = 2>/dev/null || { echo 'PYTHON must $(1)' >&2; exit 1; }
+GOT = got PYTHON=$(PYTHON)
+OTHER = or say make PYTHON=/path/to/python3.12
+
+define CHECK_PYTHON
+@"$(PYTHON)" -c '' \
+    $(call refuse,name an interpreter: $(GOT). Install Python 3.11 or newer $(OTHER).)
+@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+    $(call refuse,be 3.11 or newer: $(GOT). Install one $(OTHER).)
+@"$(PYTHON)" -c 'import ensurepip, venv' \
+    $(call refuse,have ensurepip and venv: $(GOT). On Debian: apt install python3-venv.)
+endef
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train verify test test-gpu check format pins clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo 'make PYTHON=/path/to/python3.12 TARGET uses that interpreter, in .venv-3.12.'
+	@echo 'make train takes $(wordlist 1,8,$(TRAIN_VARIABLES))'
+	@echo '           $(wordlist 9,99,$(TRAIN_VARIABLES)), as NAME=value.'
+	@echo 'make test and make test-gpu take PYTEST_ARGS="..." for pytest.'
+
+setup: $(READY) ## Make the environment with pinned packages; targets that need it do so first
+	@echo '$(VENV) is ready.'
+
+$(READY): pyproject.toml constraints.txt
+	$(CHECK_PYTHON)
+	@echo 'Setting up $(VENV): a few minutes the first time.'
+	@"$(PYTHON)" -m venv $(VENV)
+	@$(PINNED_INSTALL) $(BUILD_TOOLS)
+	@$(INSTALL_PACKAGE) '.[$(EXTRAS)]'
+	@touch $@
+
+$(READY_GPU): $(READY)
+	@echo 'Adding the CUDA packages to $(VENV).'
+	@$(INSTALL_PACKAGE) '.[cuda]'
+	@touch $@
+
+train: $(READY) ## Train on handwritten digits, or on DATA=file.npz or file.csv; write results/train
+	@$(BIN)/python -m experiments.train $(foreach name,$(TRAIN_VARIABLES),$(call flag,$(name)))
+
+verify: $(READY) ## Compare every tensor with the unsharded reference, on all meshes
+	@$(BIN)/python -m experiments.verify
+
+test: $(READY) ## Run the suite and the doctests, on simulated CPU devices
+	@$(PYTEST) $(PYTEST_ARGS)
+
+test-gpu: $(READY_GPU) ## Run the tests marked gpu, on a CUDA device
+	@JAX_PLATFORMS=cuda,cpu $(PYTEST) -n 0 -m gpu $(PYTEST_ARGS)
+
+check: $(READY) ## Check format, lint and types, changing nothing
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(READY) ## Format the code and apply the lint fixes that are safe
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+pins: ## Print what pip would choose under PYTHON today, as lines for constraints.txt
+	$(CHECK_PYTHON)
+	@"$(PYTHON)" -m venv --clear $(VENV)-pins
+	@$(VENV)-pins/bin/python $(PIP_INSTALL) $(BUILD_TOOLS) '.[$(EXTRAS)]'
+	@$(VENV)-pins/bin/python -m pip freeze --exclude tpmlp
+	@rm -rf $(VENV)-pins
+
+clean: ## Remove the environment of PYTHON, caches and build output; results stay
+	@rm -rf $(VENV) build dist .hypothesis .pytest_cache .ruff_cache
+	@find tpmlp tests experiments -name __pycache__ -prune -exec rm -rf {} +
