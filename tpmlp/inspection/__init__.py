@@ -1,0 +1,1 @@
+"""Looking at what runs: the audit of a compiled program counts what it moves and what it holds."""

@@ -1,0 +1,209 @@
+"""Summary: what one device holds of every array of a model, and what a step moves."""
+
+from dataclasses import dataclass
+from math import prod
+
+from tpmlp.kernels.cost import Collective, layer_collectives, loss_collectives
+from tpmlp.layout import padded, parse_layout
+from tpmlp.placement import Placement
+from tpmlp.table import format_bytes, text_table
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """One device's part of one array.
+
+    Attributes:
+        tensor: for example "W_1".
+        role: "column" or "row", the layer's.
+        layout: in the notation, features first inside the kernel.
+        logical: shape as users see it, samples as rows.
+        local: shape of the part, in the same order, padding included.
+        bytes: size of the part.
+    """
+
+    tensor: str
+    role: str
+    layout: str
+    logical: tuple[int, ...]
+    local: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """What one device holds and receives in a training step; print it.
+
+    Attributes:
+        mesh: devices on each axis.
+        parts: of every W_l, b_l, h_l, z_l, g_l, in the order of the layers.
+        collectives: of one step, in order.
+        item_bytes: bytes of an element.
+    """
+
+    mesh: dict[str, int]
+    parts: tuple[Part, ...]
+    collectives: tuple[Collective, ...]
+    item_bytes: int
+
+    @property
+    def bytes_moved(self) -> float:
+        """Bytes that a device receives in one step."""
+        return sum(c.words for c in self.collectives) * self.item_bytes
+
+    def __str__(self) -> str:
+        return "\n".join([self.arrays_table(), "", self.collectives_table()])
+
+    def arrays_table(self) -> str:
+        """Return the table of what one device holds."""
+        rows = [
+            (p.tensor, p.role, p.layout, _shape(p.logical), _shape(p.local), format_bytes(p.bytes))
+            for p in self.parts
+        ]
+        return text_table(
+            ["tensor", "role", "layout", "whole", "on one device", "size there"], rows
+        )
+
+    def collectives_table(self) -> str:
+        """Return the table of the collectives of one step, in order."""
+        if not self.collectives:
+            return "no collectives: one device"
+        rows = [
+            (
+                c.phase,
+                f"{c.tensor}_{c.layer}" if c.layer else c.tensor,
+                c.kind,
+                "*".join(c.axes),
+                str(c.num_devices),
+                format_bytes(c.words * self.item_bytes),
+            )
+            for c in self.collectives
+        ]
+        rows.append(("step", "all", "", "", "", format_bytes(self.bytes_moved)))
+        headers = ["phase", "tensor", "collective", "over", "devices", "a device receives"]
+        return text_table(headers, rows)
+
+
+def summarize(
+    placement: Placement,
+    *,
+    bias: bool,
+    batch_size: int,
+    item_bytes: int,
+    num_reduced: int = 0,
+    outputs_gathered: bool = False,
+    with_loss: bool = False,
+    penalty: bool = False,
+) -> Summary:
+    """Return what one device holds and what a training step moves.
+
+    Args:
+        placement: the layers on their mesh.
+        bias: whether the layers have biases.
+        batch_size: samples of one step.
+        item_bytes: bytes of an element.
+        num_reduced: elements that the loss all-reduces for each sample.
+        outputs_gathered: whether the loss gathers the outputs (a user's function).
+        with_loss: whether to list the loss at all.
+        penalty: whether there is an elementwise R(W).
+    """
+    return Summary(
+        mesh=placement.sizes,
+        parts=tuple(_parts(placement, bias, batch_size, item_bytes)),
+        collectives=tuple(
+            step_collectives(
+                placement,
+                bias=bias,
+                batch_size=batch_size,
+                num_reduced=num_reduced,
+                outputs_gathered=outputs_gathered,
+                with_loss=with_loss,
+                penalty=penalty,
+            )
+        ),
+        item_bytes=item_bytes,
+    )
+
+
+def step_collectives(
+    placement: Placement,
+    *,
+    bias: bool,
+    batch_size: int,
+    num_reduced: int,
+    outputs_gathered: bool = False,
+    with_loss: bool = True,
+    penalty: bool = False,
+) -> list[Collective]:
+    """Return the collectives of one training step, in order."""
+    batch = padded(batch_size, placement.sizes["data"]) // placement.sizes["data"]
+    widths = placement.padded_widths
+    layers = [
+        layer_collectives(
+            l,
+            d_in=widths[l - 1],
+            d_out=widths[l],
+            batch=batch,
+            bias=bias,
+            input_gradient=l > 1,
+            axes=axes,
+            sizes=placement.sizes,
+        )
+        for l, axes in enumerate(placement.axes, 1)
+    ]
+    loss = (
+        []
+        if not with_loss
+        else loss_collectives(
+            num_outputs=widths[-1] if outputs_gathered else 0,
+            num_reduced=num_reduced,
+            batch=batch,
+            penalty=penalty,
+            sizes=placement.sizes,
+        )
+    )
+    forward = [c for layer in layers for c in layer if c.phase == "forward"]
+    backward = [c for layer in reversed(layers) for c in layer if c.phase == "backward"]
+    return [*forward, *loss, *backward]
+
+
+def _parts(placement: Placement, bias: bool, batch_size: int, item_bytes: int) -> list[Part]:
+    parts = []
+    rows = padded(batch_size, placement.sizes["data"])
+    for l, role in enumerate(placement.words, 1):
+        d_in, d_out = placement.widths[l - 1 : l + 1]
+        W, b = placement.layer_shapes(l)
+        whole = {
+            f"W_{l}": ("O/g I/s", (d_out, d_in), W),
+            f"b_{l}": ("O/g/s", (d_out,), b),
+            f"h_{l}": ("I/s/g B/d", (batch_size, d_in), (rows, W[1])),
+            f"z_{l}": ("O/g/s B/d", (batch_size, d_out), (rows, W[0])),
+            f"g_{l}": ("O/g/s B/d", (batch_size, d_out), (rows, W[0])),
+        }
+        for tensor, (layout, logical, shape) in whole.items():
+            if tensor.startswith("b") and not bias:
+                continue
+            dims = parse_layout(layout).dims
+            # The kernel has features first, users have samples first.
+            order = dims[::-1] if tensor[0] in "hzg" else dims
+            axes = placement.axes[l - 1]
+            local = tuple(
+                size // prod([placement.sizes[axes[a]] for a in dim.axes])
+                for size, dim in zip(shape, order, strict=True)
+            )
+            size = prod(local) * item_bytes
+            parts.append(
+                Part(
+                    tensor=tensor,
+                    role=role,
+                    layout=layout,
+                    logical=logical,
+                    local=local,
+                    bytes=size,
+                )
+            )
+    return parts
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"

@@ -1,0 +1,159 @@
+"""Trace: every layer's arrays of one forward and backward pass, still split over the devices."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from tpmlp.batch import Batch, place_batch
+from tpmlp.kernels import backprop
+from tpmlp.model import MLP, Params, check_params
+from tpmlp.step import Objective, make_objective
+from tpmlp.strategy import Strategy
+
+Name = Literal["h", "z", "sigma_prime", "g"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Trace:
+    """The arrays of one step, by layer, 1-based as in the mathematics.
+
+    Arrays are padded, samples as rows: [B, d], the rows split over data and the features over
+    both tensor axes, so that a device holds d/M of each.
+
+    Attributes:
+        h: input of layer l, [B, d_{l-1}], l = 1 .. L+1; h[1] is x.
+        z: W_l h_l + b_l, [B, d_l], l = 1 .. L+1.
+        sigma_prime: sigma'(z_l), [B, d_l], l = 1 .. L.
+        g: derivative of the data loss by z_l, [B, d_l], l = 1 .. L+1.
+        grads: ((dW_1, db_1), ...), R included where it is elementwise.
+        loss: the data loss, a scalar.
+        widths: logical widths.
+        num_samples: logical number of samples.
+    """
+
+    h: Mapping[int, jax.Array]
+    z: Mapping[int, jax.Array]
+    sigma_prime: Mapping[int, jax.Array]
+    g: Mapping[int, jax.Array]
+    grads: Params
+    loss: jax.Array
+    widths: tuple[int, ...]
+    num_samples: int
+
+    def logical(self, name: Name, l: int) -> np.ndarray:
+        """Return an array without its padding, on the host.
+
+        Args:
+            name: "h", "z", "sigma_prime" or "g".
+            l: the layer, 1-based.
+
+        Returns:
+            [B, d_{l-1}] for h, [B, d_l] for the others.
+
+        Raises:
+            ValueError: no such array.
+        """
+        arrays = getattr(self, name, None) if name in ("h", "z", "sigma_prime", "g") else None
+        if arrays is None or l not in arrays:
+            raise ValueError(
+                f"name and l must be one of h, z, g with 1 .. {len(self.z)} or sigma_prime with "
+                f"1 .. {len(self.sigma_prime)}: got name={name!r}, l={l!r}."
+            )
+        width = self.widths[l - 1 if name == "h" else l]
+        return np.asarray(arrays[l])[: self.num_samples, :width]
+
+
+class _Rows(NamedTuple):
+    """What leaves the kernel, samples as rows; or the PartitionSpecs of it."""
+
+    h: list[Any]
+    z: list[Any]
+    sigma_prime: list[Any]
+    g: list[Any]
+    grads: Any
+    loss: Any
+
+
+def trace(
+    model: MLP,
+    params: Params,
+    x: Any,
+    y: Any = None,
+    *,
+    loss: Any,
+    mesh: Mesh,
+    weight: Any = None,
+    regularizer: Any = None,
+    strategy: Strategy | None = None,
+) -> Trace:
+    """Run one forward and backward pass and return what every layer held.
+
+    The program is the training step's own, with more outputs.
+
+    Args:
+        model: the MLP.
+        params: placed for this mesh and strategy.
+        x: samples [B, d_0].
+        y: targets, as the loss says.
+        loss: as in value_and_grad.
+        mesh: the mesh.
+        weight: sample weights [B]; 1 by default.
+        regularizer: as in value_and_grad; changes grads alone.
+        strategy: Strategy() by default.
+
+    Returns:
+        A Trace.
+
+    Raises:
+        ValueError: as for a step of value_and_grad.
+
+    Examples:
+        >>> import jax, numpy as np, tpmlp
+        >>> mesh = tpmlp.make_mesh(x=8)
+        >>> mlp = tpmlp.MLP((4, 6, 2))
+        >>> params = mlp.init(jax.random.key(0), mesh)
+        >>> t = trace(mlp, params, np.ones((3, 4)), loss="output", mesh=mesh)
+        >>> t.g[1].shape, t.logical("g", 1).shape
+        ((3, 8), (3, 6))
+    """
+    objective = make_objective(
+        model, loss=loss, mesh=mesh, regularizer=regularizer, strategy=strategy
+    )
+    check_params(model, params, objective.placement)
+    batch = place_batch(objective.placement, objective.loss, Batch(x, y, weight))
+    rows = jax.jit(_traced(objective))(params, batch)
+    return Trace(
+        h=dict(enumerate([batch.x, *rows.h], 1)),
+        z=dict(enumerate(rows.z, 1)),
+        sigma_prime=dict(enumerate(rows.sigma_prime, 1)),
+        g=dict(enumerate(rows.g, 1)),
+        grads=rows.grads,
+        loss=rows.loss,
+        widths=model.widths,
+        num_samples=np.shape(x)[0],
+    )
+
+
+def _traced(objective: Objective) -> Any:
+    chain = objective.chain
+
+    def body(layers: Any, x: jax.Array, y: Any, weight: jax.Array) -> _Rows:
+        result = objective.run(layers, x, y, weight)
+        hidden = list(enumerate(result.z[:-1], 1))
+        return _Rows(
+            h=[backprop.sigma(z, l, chain).T for l, z in hidden],
+            z=[z.T for z in result.z],
+            sigma_prime=[backprop.sigma_prime(z, l, chain).T for l, z in hidden],
+            g=[g.T for g in result.g],
+            grads=result.grads,
+            loss=result.value.loss,
+        )
+
+    layers = range(1, objective.model.num_layers + 1)
+    z = [objective.placement.spec("B/d O/g/s", l) for l in layers]
+    specs = _Rows(z[:-1], z, z[:-1], z, objective.param_specs, PartitionSpec())
+    return objective.map(body, specs)

@@ -1,0 +1,252 @@
+"""Verify: is this model, on this mesh, the reference? Three ways to ask.
+
+"float64"   every h, z, sigma', g, dW, db and the loss against the unsharded reference:
+            max |a - b| <= 1e-12 max |b|.
+"integers"  parameters and samples are small integers, sigma is relu and the loss is the output:
+            every sum is exact, so order cannot matter, and sharded = reference bit for bit.
+"float32"   each operation recomputed in float64 from the run's own inputs, against a bound that
+            has one sum in it (tpmlp.inspection.bounds); end-to-end differences are reported, not
+            judged.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from tpmlp import reference
+from tpmlp.inspection.bounds import operations
+from tpmlp.inspection.trace import Name, Trace, trace
+from tpmlp.losses import Loss, get_loss
+from tpmlp.model import MLP, chain_of, from_numpy, to_numpy
+from tpmlp.strategy import Strategy
+
+Kind = Literal["float64", "integers", "float32"]
+KINDS: tuple[Kind, ...] = ("float64", "integers", "float32")
+
+# The mission's bound for models up to 16 layers: 1e-12 is 4500 units of roundoff.
+FLOAT64_TOLERANCE = 1e-12
+FLOAT32_ROUNDOFF = 2.0**-24
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """One tensor compared.
+
+    Attributes:
+        tensor: for example "g_2".
+        error: the largest difference, in the unit that `bound` has.
+        bound: what it may be at most.
+        end_to_end: max |a - b| / max |b| against the reference.
+    """
+
+    tensor: str
+    error: float
+    bound: float
+    end_to_end: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within its bound; NaN is not."""
+        return self.error <= self.bound
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What `verify` found.
+
+    Attributes:
+        kind: "float64", "integers" or "float32".
+        mesh: devices on each axis.
+        words: the role of each layer.
+        checks: one for each tensor.
+    """
+
+    kind: Kind
+    mesh: dict[str, int]
+    words: tuple[str, ...]
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every tensor is within its bound."""
+        return all(check.ok for check in self.checks)
+
+    @property
+    def worst(self) -> Check:
+        """The check with the largest error relative to its bound."""
+        return max(self.checks, key=_severity)
+
+    def __str__(self) -> str:
+        axes = " ".join(f"{name}={size}" for name, size in self.mesh.items())
+        unit = {
+            "float64": "max|a-b| / max|b|",
+            "integers": "max|a-b|",
+            "float32": "error / bound of the operation",
+        }[self.kind]
+        lines = [f"{self.kind} on {axes}, layers {' '.join(self.words)}; error is {unit}"]
+        lines.append(f"{'tensor':<16}{'error':>10}{'bound':>10}{'end to end':>12}  verdict")
+        lines += [
+            f"{c.tensor:<16}{c.error:>10.1e}{c.bound:>10.1e}{c.end_to_end:>12.1e}  "
+            f"{'ok' if c.ok else 'WRONG'}"
+            for c in self.checks
+        ]
+        return "\n".join(lines)
+
+
+def verify(
+    model: MLP,
+    mesh: Mesh,
+    *,
+    strategy: Strategy | None = None,
+    loss: Any = "cross_entropy",
+    kind: Kind = "float64",
+    batch_size: int = 30,
+    seed: int = 0,
+) -> Report:
+    """Run one step on made-up data and compare every tensor with the reference.
+
+    Args:
+        model: the MLP; for "integers" its activation is replaced by relu.
+        mesh: the mesh.
+        strategy: Strategy() by default.
+        loss: the loss; for "integers" it is replaced by output.
+        kind: "float64" (needs jax_enable_x64), "integers" or "float32".
+        batch_size: samples.
+        seed: of parameters and samples.
+
+    Returns:
+        A Report; print it, or ask `.ok`.
+
+    Raises:
+        ValueError: an unknown kind; "float64" without jax_enable_x64; a loss without a reference.
+
+    Examples:
+        >>> import tpmlp
+        >>> mlp = tpmlp.MLP((17, 12, 10), activation="sigmoid")
+        >>> report = verify(mlp, tpmlp.make_mesh(x=4, y=2), kind="integers")
+        >>> report.ok, len(report.checks)
+        (True, 12)
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}: got kind={kind!r}.")
+    if kind == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ValueError(
+            "kind='float64' must have 64-bit types: got jax_enable_x64=False. Call "
+            "jax.config.update('jax_enable_x64', True) first, or use kind='float32'."
+        )
+    if kind == "integers":
+        model, loss = replace(model, activation="relu"), "output"
+    meant = get_loss(loss)
+    data = _Data.draw(model, meant, kind=kind, batch_size=batch_size, seed=seed)
+    params = from_numpy(model, data.arrays, mesh, strategy=strategy)
+    with jax.default_matmul_precision("highest"):
+        run = trace(model, params, data.x, data.y, weight=data.weight, loss=meant, mesh=mesh,
+                    strategy=strategy)  # fmt: skip
+    oracle = reference.trace(data.arrays, data.x, data.y, weight=data.weight, loss=meant,
+                             activation=model.activation)  # fmt: skip
+    pairs = _pairs(model, run, oracle)
+    if kind == "float32":
+        errors, bound = _operation_errors(model, run, data, meant), 1.0
+    elif kind == "integers":
+        errors, bound = {name: np.abs(a - b).max() for name, (a, b) in pairs.items()}, 0.0
+    else:
+        errors = {name: _relative(a, b) for name, (a, b) in pairs.items()}
+        bound = FLOAT64_TOLERANCE
+    return Report(
+        kind=kind,
+        mesh=dict(mesh.shape),
+        words=chain_of(model, mesh, strategy).placement.words,
+        checks=tuple(
+            Check(tensor=name, error=float(error), bound=bound, end_to_end=_relative(*pairs[name]))
+            for name, error in errors.items()
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Data:
+    """Made-up parameters and samples, at logical widths."""
+
+    arrays: list[tuple[np.ndarray, np.ndarray | None]]
+    x: np.ndarray
+    y: Any
+    weight: np.ndarray
+
+    @classmethod
+    def draw(cls, model: MLP, loss: Loss, *, kind: Kind, batch_size: int, seed: int) -> "_Data":
+        rng = np.random.default_rng(seed)
+        dtype = np.float64 if kind == "float64" else np.float32
+
+        def draw(*shape: int, scale: float = 1.0) -> np.ndarray:
+            if kind == "integers":
+                return rng.integers(-2, 3, shape).astype(dtype)
+            return (rng.normal(size=shape) * scale).astype(dtype)
+
+        pairs = zip(model.widths, model.widths[1:], strict=False)
+        arrays = [
+            (draw(d_out, d_in, scale=d_in**-0.5), draw(d_out) if model.bias else None)
+            for d_in, d_out in pairs
+        ]
+        x, d_out = draw(batch_size, model.widths[0]), model.widths[-1]
+        y = {
+            "labels": rng.integers(0, d_out, batch_size),
+            "values": rng.integers(0, 2, (batch_size, d_out)).astype(dtype),
+        }.get(loss.targets or "none")
+        weights = (
+            rng.integers(1, 4, batch_size)
+            if kind == "integers"
+            else rng.uniform(0.5, 2.0, batch_size)
+        )
+        return cls(arrays=arrays, x=x, y=y, weight=weights.astype(dtype))
+
+
+def _pairs(
+    model: MLP, run: Trace, oracle: reference.Trace
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return every tensor of the run beside the reference's, in the order they are computed."""
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def add(name: Name, l: int) -> None:
+        pairs[f"{name}_{l}"] = run.logical(name, l), getattr(oracle, name)[l]
+
+    num_layers = model.num_layers
+    for l in range(1, num_layers + 1):
+        add("h", l)
+        add("z", l)
+        if l < num_layers:
+            add("sigma_prime", l)
+    pairs["loss"] = np.asarray(run.loss), np.asarray(oracle.loss)
+    for l, (dW, db) in reversed(list(enumerate(to_numpy(model, run.grads), 1))):
+        add("g", l)
+        pairs[f"dW_{l}"] = dW, oracle.dW[l]
+        if db is not None:
+            pairs[f"db_{l}"] = db, np.asarray(oracle.db[l])
+    return pairs
+
+
+def _operation_errors(model: MLP, run: Trace, data: _Data, loss: Loss) -> dict[str, float]:
+    checked = operations(
+        data.arrays,
+        run,
+        to_numpy(model, run.grads),
+        data.y,
+        activation=model.activation,
+        loss=loss.reference,
+        weight=data.weight.astype(np.float64),
+        unit_roundoff=FLOAT32_ROUNDOFF,
+    )
+    return {operation.tensor: operation.worst for operation in checked}
+
+
+def _relative(a: np.ndarray, b: np.ndarray) -> float:
+    """Return max |a - b| / max |b|; the plain difference where b is 0."""
+    return float(np.abs(a - b).max() / (np.abs(b).max() or 1.0))
+
+
+def _severity(check: Check) -> float:
+    if np.isnan(check.error):
+        return np.inf
+    return check.error / check.bound if check.bound else check.error
