@@ -1,6 +1,9 @@
 """tpmlp: tensor-parallel multilayer perceptrons with an explicit, verified backward pass."""
 
 from tpmlp.batch import Batch, shard_batch
+from tpmlp.inspection.audit import audit
+from tpmlp.inspection.trace import trace
+from tpmlp.inspection.verify import verify
 from tpmlp.losses import Loss, cross_entropy, logistic, mse, output
 from tpmlp.mesh import make_mesh, simulate_devices
 from tpmlp.model import MLP, from_numpy, reshard, to_numpy
@@ -14,6 +17,7 @@ __all__ = [
     "Loss",
     "Strategy",
     "apply",
+    "audit",
     "cross_entropy",
     "elastic_net",
     "from_numpy",
@@ -27,5 +31,7 @@ __all__ = [
     "shard_batch",
     "simulate_devices",
     "to_numpy",
+    "trace",
     "value_and_grad",
+    "verify",
 ]

@@ -92,12 +92,8 @@ ACTIVATIONS = {
         Activation(
             name="sigmoid", sigma=jax.nn.sigmoid, sigma_prime=sigmoid_prime, fixes_zero=False
         ),
-        Activation(
-            name="softplus", sigma=softplus, sigma_prime=jax.nn.sigmoid, fixes_zero=False
-        ),
-        Activation(
-            name="identity", sigma=lambda z: z, sigma_prime=jnp.ones_like, fixes_zero=True
-        ),
+        Activation(name="softplus", sigma=softplus, sigma_prime=jax.nn.sigmoid, fixes_zero=False),
+        Activation(name="identity", sigma=lambda z: z, sigma_prime=jnp.ones_like, fixes_zero=True),
     )
 }
 

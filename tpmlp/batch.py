@@ -1,4 +1,4 @@
-"""Batches: samples checked, padded and placed once, at the boundary between the user and the kernel.
+"""Batches: samples checked, padded and placed once, between the user and the kernel.
 
 Users have samples as rows. On the devices x is [B, d_0] with the rows split over data and the
 features as layer 1 reads them; rows that fill the batch up have weight 0 and count nowhere.
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 
 from tpmlp.checks import as_array, check_finite, check_length
@@ -83,9 +84,8 @@ def place_batch(placement: Placement, loss: Loss, batch: Batch) -> Batch:
 
     Traced arrays (inside a caller's jit) have no values to check: their shapes are.
     """
-    if any(isinstance(array, jax.core.Tracer) for array in batch):
-        padded_shapes = _padded_shapes(placement, loss, jnp.shape(batch.x)[0])
-        if batch.weight is not None and _shapes(batch) == padded_shapes:
+    if any(isinstance(array, Tracer) for array in batch):
+        if batch.weight is not None and _shapes(batch) == _padded_shapes(placement, loss, batch):
             return batch
         return _pad(placement, loss, check_shapes(placement, loss, batch), jnp)
     shardings = batch_shardings(placement, loss)
@@ -152,30 +152,26 @@ def _check_values(placement: Placement, loss: Loss, batch: Batch) -> None:
 
 def _pad(placement: Placement, loss: Loss, batch: Batch, library: ModuleType) -> Batch:
     """Fill rows up to a multiple of data and features to the padded widths, all with 0."""
-    target = _padded_shapes(placement, loss, batch.x.shape[0], batch.y)
+    target = _padded_shapes(placement, loss, batch)
 
     def fill(array: Any, shape: tuple[int, ...] | None) -> Any:
-        if array is None or array.shape == shape:
+        if array is None or shape is None or array.shape == shape:
             return array
         return library.pad(array, [(0, n - m) for m, n in zip(array.shape, shape, strict=True)])
 
     return Batch(*map(fill, batch, target))
 
 
-def _padded_shapes(placement: Placement, loss: Loss, rows: int, y: Any = None) -> Batch:
-    rows = padded(rows, placement.sizes["data"])
+def _padded_shapes(placement: Placement, loss: Loss, batch: Batch) -> Batch:
+    shapes = _shapes(batch)
+    rows = padded(shapes.x[0], placement.sizes["data"])
     d_in, d_out = placement.padded_widths[0], placement.padded_widths[-1]
-    targets = {
-        "values": (rows, d_out),
-        "labels": (rows,),
-        "any": (rows, *jnp.shape(y)[1:]),
-        None: None,
-    }[loss.targets]
-    return Batch((rows, d_in), targets, (rows,))
+    tail = (d_out,) if loss.targets == "values" else (shapes.y or ())[1:]
+    return Batch((rows, d_in), None if loss.targets is None else (rows, *tail), (rows,))
 
 
 def _shapes(batch: Batch) -> Batch:
-    return Batch(*(None if a is None else jnp.shape(a) for a in batch))
+    return Batch(*(None if a is None else np.shape(a) for a in batch))
 
 
 def _is_placed(array: Any, sharding: NamedSharding | None) -> bool:

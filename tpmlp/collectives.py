@@ -11,8 +11,6 @@ axis, or claims one, is refused before anything runs. The keywords bind roles to
 A collective over an axis of size 1 is nothing, and nothing is what is emitted.
 """
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -28,7 +26,7 @@ from tpmlp.layout import (
     scattered,
 )
 
-__all__ = ["all_gather", "all_reduce", "block_index", "einsum", "reduce_scatter"]
+__all__ = ["all_gather", "all_reduce", "all_reduce_max", "block_index", "einsum", "reduce_scatter"]
 
 
 def all_gather(signature: str, x: jax.Array, **axes: str) -> jax.Array:
@@ -80,28 +78,27 @@ def reduce_scatter(signature: str, x: jax.Array, **axes: str) -> jax.Array:
     return lax.psum_scatter(x, names, scatter_dimension=dim, tiled=True) if names else x
 
 
-def all_reduce(
-    signature: str, x: jax.Array, *, op: Literal["sum", "max"] = "sum", **axes: str
-) -> jax.Array:
-    """Sum (or take the maximum) over axes, so that every device holds the result.
+def all_reduce(signature: str, x: jax.Array, **axes: str) -> jax.Array:
+    """Sum over axes, so that every device holds the sum.
 
     As a function on the list of blocks along the axis: out[i] = sum(blocks).
 
     Args:
         signature: for example "O/g I/s +d -> O/g I/s".
-        x: the local partial result.
-        op: "sum" or "max"; for max, read +d as "partial maximum over d".
+        x: the local partial sum.
         **axes: mesh axis of each role.
 
     Raises:
         LayoutError: the signature is no all-reduce, or does not describe x.
     """
-    parsed = parse_signature(signature)
-    roles = reduced(parsed)
-    _check_operand(parsed, parsed.operands[0], x, axes)
-    names = _live(roles, axes)
-    reduction = {"sum": lax.psum, "max": lax.pmax}[op]
-    return reduction(x, names) if names else x
+    names = _reduced_axes(signature, x, axes)
+    return lax.psum(x, names) if names else x
+
+
+def all_reduce_max(signature: str, x: jax.Array, **axes: str) -> jax.Array:
+    """Take the maximum over axes; as `all_reduce`, with +d read as a partial maximum over d."""
+    names = _reduced_axes(signature, x, axes)
+    return lax.pmax(x, names) if names else x
 
 
 def einsum(signature: str, *operands: jax.Array, **axes: str) -> jax.Array:
@@ -138,6 +135,13 @@ def block_index(dim: str, **axes: str) -> jax.Array | int:
     return index
 
 
+def _reduced_axes(signature: str, x: jax.Array, axes: dict[str, str]) -> tuple[str, ...]:
+    parsed = parse_signature(signature)
+    roles = reduced(parsed)
+    _check_operand(parsed, parsed.operands[0], x, axes)
+    return _live(roles, axes)
+
+
 def _live(roles: tuple[str, ...], axes: dict[str, str]) -> tuple[str, ...]:
     return tuple(axes[role] for role in roles if lax.axis_size(axes[role]) > 1)
 
@@ -158,6 +162,6 @@ def _check_operand(signature: Signature, layout: Layout, x: jax.Array, axes: dic
     varying = {n for n in jax.typeof(x).manual_axis_type.varying if lax.axis_size(n) > 1}
     if claimed != varying:
         raise signature.refuse(
-            f'calls an array "{layout}", which differs over mesh axes {sorted(claimed)}, while the '
-            f"array differs over {sorted(varying)}. Name every axis, split or +partial, and no more."
+            f'calls an array "{layout}", which differs over mesh axes {sorted(claimed)}: the array '
+            f"differs over {sorted(varying)}. Name each such axis, split or +partial, and no more."
         )

@@ -15,7 +15,7 @@ are the signature of a collective. What is a lie is refused here, with the signa
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from jax.sharding import Mesh, PartitionSpec
 
@@ -68,7 +68,7 @@ class Signature:
         return LayoutError(f'signature "{self.text}" {reason}')
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse_layout(text: str) -> Layout:
     """Parse one layout.
 
@@ -99,7 +99,7 @@ def parse_layout(text: str) -> Layout:
             partial += token.split("+")[1:]
         else:
             raise LayoutError(
-                f'layout "{text}" has the token "{token}". Write a dim as I/s/g, a partial sum as +s.'
+                f'layout "{text}" has the token "{token}". Write a dim as I/s/g, a sum as +s.'
             )
     for what, names in (
         ("dim", [dim.name for dim in dims]),
@@ -112,7 +112,7 @@ def parse_layout(text: str) -> Layout:
     return Layout(tuple(dims), tuple(partial))
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse_signature(text: str) -> Signature:
     """Parse "operand, operand -> result".
 
@@ -174,7 +174,7 @@ def reduced(signature: Signature) -> tuple[str, ...]:
     return summed
 
 
-@lru_cache(maxsize=None)
+@cache
 def einsum_formula(text: str) -> str:
     """Return the subscripts of an einsum whose signature is honest.
 

@@ -28,7 +28,7 @@ from tpmlp.checks import (
     check_range,
     check_values,
 )
-from tpmlp.collectives import all_gather, all_reduce, block_index, einsum
+from tpmlp.collectives import all_gather, all_reduce, all_reduce_max, block_index, einsum
 from tpmlp.layout import LayoutError
 
 
@@ -61,7 +61,7 @@ class Head:
     def rows(self, z: jax.Array) -> jax.Array:
         """Return which output each local row of z is, [rows, 1]; padding is >= num_outputs."""
         first = block_index("C/g/s", **self.axes) * z.shape[0]
-        return first + jnp.arange(z.shape[0])[:, None]
+        return first + jnp.arange(z.shape[0], dtype=jnp.int32)[:, None]
 
     def sum_outputs(self, *terms: jax.Array) -> list[jax.Array]:
         """Sum each "C/g/s B/d" over all outputs, together in one all-reduce; each "B/d"."""
@@ -70,26 +70,23 @@ class Head:
 
     def max_outputs(self, z: jax.Array) -> jax.Array:
         """Return the largest output of each sample, "B/d"."""
-        return all_reduce("B/d +g+s -> B/d", jnp.max(z, axis=0), op="max", **self.axes)
+        return all_reduce_max("B/d +g+s -> B/d", jnp.max(z, axis=0), **self.axes)
 
 
 class Loss(ABC):
     """A loss of one sample, and how samples are put together.
 
     Attributes:
+        name: what tables and errors call it.
         reduction: "mean", sum(weight * loss) / sum(weight), or "sum", sum(weight * loss).
         targets: what y is: "labels" [B] integers, "values" [B, C], "any" [B, ...] or None.
         num_reduced: elements all-reduced over the tensor axes for each sample.
         reference: the same loss in NumPy (tpmlp.reference).
     """
 
+    name: str
     reduction: ClassVar[Literal["mean", "sum"]] = "mean"
     targets: ClassVar[Literal["labels", "values", "any"] | None] = "values"
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """What tables and errors call it."""
 
     @property
     @abstractmethod
@@ -178,8 +175,8 @@ class CrossEntropy(Loss):
         rows = head.rows(z)
         real = rows < num_outputs
         largest = head.max_outputs(jnp.where(real, z, -jnp.inf))
-        shifted = jnp.where(real, z - largest, -jnp.inf)
-        onehot = rows == y
+        shifted = jnp.where(real, z - largest[None], -jnp.inf)
+        onehot = rows == y[None]
         exp = jnp.exp(shifted)
         terms = [exp, jnp.where(onehot, shifted, 0)]
         terms += [jnp.where(real, shifted, 0)] if a else []
@@ -187,11 +184,11 @@ class CrossEntropy(Loss):
         loss = jnp.log(total) - (1 - a) * picked
         loss = loss - (a / num_outputs) * logits[0] if a else loss
         target = jnp.where(onehot, 1 - a, 0) + a / num_outputs
-        gradient = jnp.where(real, exp / total - target, 0).astype(z.dtype)
+        gradient = jnp.where(real, exp / total[None] - target, 0).astype(z.dtype)
         known = (y >= 0) & (y < num_outputs)
         return PerSample(
             jnp.where(known, loss, jnp.nan),
-            jnp.where(known, gradient, jnp.nan),
+            jnp.where(known[None], gradient, jnp.nan),
             (known & (picked == 0)).astype(z.dtype),
         )
 
@@ -206,7 +203,7 @@ class CrossEntropy(Loss):
 
 @dataclass(frozen=True, slots=True)
 class Logistic(Loss):
-    """Mean over samples and outputs of log(1 + exp(z)) - y z, labels 0 and 1."""
+    """Mean over samples and outputs of log(1 + exp(z)) - y z; labels are 0 and 1."""
 
     name = "logistic"
 
@@ -221,14 +218,19 @@ class Logistic(Loss):
         return 2
 
     def per_sample(self, z: jax.Array, y: Any, head: Head) -> PerSample:
-        """Return sum_k (log(1 + exp(z_k)) - y_k z_k) / C and (sigmoid(z) - y) / C."""
+        """Return sum_k log(1 + exp(s_k z_k)) / C and s sigmoid(s z) / C, s = 1 - 2y.
+
+        For labels 0 and 1 this is log(1 + exp(z)) - y z and sigmoid(z) - y, without the
+        differences of equal numbers that these become where an output is confident and right.
+        """
         real = head.rows(z) < head.num_outputs
-        loss = jnp.logaddexp(z, jnp.zeros((), z.dtype)) - y * z
-        right = (z > 0) == (y > 0.5)
+        s = 1 - 2 * y
+        right = (z > 0) == (y > 0)
         loss, right = head.sum_outputs(
-            jnp.where(real, loss, 0), jnp.where(real, right, False).astype(z.dtype)
+            jnp.where(real, jnp.logaddexp(s * z, jnp.zeros((), z.dtype)), 0),
+            jnp.where(real, right, False).astype(z.dtype),
         )
-        gradient = jnp.where(real, (jax.nn.sigmoid(z) - y) / head.num_outputs, 0)
+        gradient = jnp.where(real, s * jax.nn.sigmoid(s * z) / head.num_outputs, 0)
         return PerSample(loss / head.num_outputs, gradient, right / head.num_outputs)
 
     def check_target_values(self, y: np.ndarray, num_outputs: int) -> None:
@@ -299,16 +301,13 @@ class UserLoss(Loss):
 
     Attributes:
         function: (z [C], y [...]) -> scalar, in jax.numpy.
+        name: the function's own name.
     """
 
-    function: Callable[[jax.Array, Any], jax.Array]
+    function: Callable[[jax.Array, Any], Any]
+    name: str
 
     targets = "any"
-
-    @property
-    def name(self) -> str:
-        """The function's own name."""
-        return getattr(self.function, "__name__", "user")
 
     @property
     def num_reduced(self) -> int:
@@ -401,7 +400,7 @@ def get_loss(loss: object) -> Loss:
     if isinstance(loss, str) and loss in LOSSES:
         return LOSSES[loss]()
     if callable(loss):
-        return UserLoss(loss)
+        return UserLoss(loss, getattr(loss, "__name__", "user"))
     raise ValueError(
         f"loss must be one of {tuple(LOSSES)}, a tpmlp loss such as tpmlp.cross_entropy(0.1), or "
         f"a function of one sample's outputs and target: got loss={loss!r}."

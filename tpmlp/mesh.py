@@ -47,7 +47,7 @@ def simulate_devices(num_devices: int) -> None:
         devices = jax.devices()
         if len(devices) != num_devices or devices[0].platform != "cpu":
             raise RuntimeError(
-                f"simulate_devices must be called before JAX starts: got num_devices={num_devices}, "
+                f"simulate_devices must come before JAX starts: got num_devices={num_devices}, "
                 f"while JAX runs on {len(devices)} {devices[0].platform} device(s). Call it first "
                 "thing in the program; in a notebook, restart the kernel."
             ) from error
@@ -153,4 +153,4 @@ def check_collectives(mesh: Mesh) -> None:
 
 def _is_count(value: Any) -> bool:
     is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    return is_integer and value >= 1
+    return is_integer and bool(value >= 1)

@@ -16,11 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 
 from tpmlp.activations import Activation, get_activation
+from tpmlp.inspection.summary import Summary, summarize
 from tpmlp.kernels.backprop import Chain
 from tpmlp.layout import padded
+from tpmlp.losses import UserLoss, get_loss
 from tpmlp.placement import Placement, place
 from tpmlp.strategy import Strategy
 
@@ -100,6 +103,55 @@ class MLP:
         draw = partial(_draw, self, placement.padded_widths, dtype)
         return jax.jit(draw, out_shardings=shardings)(key)
 
+    def summary(
+        self,
+        mesh: Mesh,
+        *,
+        batch_size: int,
+        strategy: Strategy | None = None,
+        loss: Any = None,
+        dtype: Any = None,
+    ) -> Summary:
+        """Return what one device holds of every array, and what it receives in a step.
+
+        Args:
+            mesh: the mesh.
+            batch_size: samples of one step.
+            strategy: Strategy() by default.
+            loss: the loss, whose own collectives are listed when it is given.
+            dtype: float32 by default.
+
+        Returns:
+            A Summary; print it.
+
+        Examples:
+            >>> from tpmlp.mesh import make_mesh
+            >>> print(MLP((64, 256, 10)).summary(make_mesh(x=8), batch_size=128).arrays_table())
+            tensor  role    layout     whole       on one device  size there
+            W_1     column  O/g I/s    [256, 64]   [32, 64]         8.00 KiB
+            b_1     column  O/g/s      [256]       [32]                128 B
+            h_1     column  I/s/g B/d  [128, 64]   [128, 8]         4.00 KiB
+            z_1     column  O/g/s B/d  [128, 256]  [128, 32]       16.00 KiB
+            g_1     column  O/g/s B/d  [128, 256]  [128, 32]       16.00 KiB
+            W_2     row     O/g I/s    [10, 256]   [16, 32]         2.00 KiB
+            b_2     row     O/g/s      [10]        [2]                   8 B
+            h_2     row     I/s/g B/d  [128, 256]  [128, 32]       16.00 KiB
+            z_2     row     O/g/s B/d  [128, 10]   [128, 2]         1.00 KiB
+            g_2     row     O/g/s B/d  [128, 10]   [128, 2]         1.00 KiB
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1: got batch_size={batch_size}.")
+        head = None if loss is None else get_loss(loss)
+        return summarize(
+            place(self.widths, mesh, strategy),
+            bias=self.bias,
+            batch_size=batch_size,
+            item_bytes=jnp.dtype(jnp.float32 if dtype is None else dtype).itemsize,
+            num_reduced=0 if head is None else head.num_reduced,
+            outputs_gathered=isinstance(head, UserLoss),
+            with_loss=head is not None,
+        )
+
 
 def to_numpy(model: MLP, params: Params) -> Arrays:
     """Return parameters, or gradients, at logical widths.
@@ -155,9 +207,7 @@ def from_numpy(
     return tuple(layers)
 
 
-def reshard(
-    model: MLP, params: Params, mesh: Mesh, *, strategy: Strategy | None = None
-) -> Params:
+def reshard(model: MLP, params: Params, mesh: Mesh, *, strategy: Strategy | None = None) -> Params:
     """Move parameters, or gradients, to another mesh or layout.
 
     Blocks go from device to device; where the padding differs they pass through a width that
@@ -256,7 +306,7 @@ def _check_param(name: str, array: Any, shape: tuple[int, ...], sharding: NamedS
         raise ValueError(
             f"{name} must have the padded shape {shape} on this mesh: got {array.shape}. {way_out}"
         )
-    traced = isinstance(array, jax.core.Tracer)
+    traced = isinstance(array, Tracer)
     if not traced and not array.sharding.is_equivalent_to(sharding, array.ndim):
         raise ValueError(
             f"{name} must be placed as {sharding.spec} on {dict(sharding.mesh.shape)}: got "
@@ -282,9 +332,7 @@ def _move(
 ) -> jax.Array:
     if array.shape == shape:
         return jax.device_put(array, sharding)
-    between = tuple(
-        padded(n, np.lcm(_blocks(array.sharding), _blocks(sharding))) for n in logical
-    )
+    between = tuple(padded(n, np.lcm(_blocks(array.sharding), _blocks(sharding))) for n in logical)
     array = _resize(array, logical, between, array.sharding)
     return _resize(jax.device_put(array, sharding), logical, shape, sharding)
 

@@ -9,7 +9,8 @@ Widths are logical (what the user gave) or padded (a multiple of M = X * Y, what
 """
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
+from itertools import pairwise
 
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -88,7 +89,7 @@ class Placement:
         return (d_out, d_in), (d_out,)
 
 
-@lru_cache(maxsize=None)
+@cache
 def place(widths: tuple[int, ...], mesh: Mesh, strategy: Strategy | None = None) -> Placement:
     """Return where a chain of dense layers lives on a mesh under a strategy.
 
@@ -115,8 +116,7 @@ def place(widths: tuple[int, ...], mesh: Mesh, strategy: Strategy | None = None)
             f"layout must have one word a layer: got {len(words)} words {words}, "
             f"num_layers={len(widths) - 1}. Use 'auto' or {len(widths) - 1} words."
         )
-    clash = next((l for l, pair in enumerate(zip(words, words[1:], strict=False), 1)
-                  if pair[0] == pair[1]), None)  # fmt: skip
+    clash = next((l for l, (a, b) in enumerate(pairwise(words), 1) if a == b), None)
     if x > 1 and y > 1 and clash:
         raise ValueError(
             f"layout must alternate column and row when x and y are both larger than 1, because a "
@@ -127,9 +127,7 @@ def place(widths: tuple[int, ...], mesh: Mesh, strategy: Strategy | None = None)
     return Placement(widths, mesh, words)
 
 
-def _words(
-    layout: str | tuple[str, ...], widths: tuple[int, ...], mesh: Mesh
-) -> tuple[str, ...]:
+def _words(layout: str | tuple[str, ...], widths: tuple[int, ...], mesh: Mesh) -> tuple[str, ...]:
     num_layers = len(widths) - 1
     if isinstance(layout, tuple):
         return layout

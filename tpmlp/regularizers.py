@@ -61,7 +61,7 @@ class ElementwisePenalty(Regularizer):
 class UserPenalty(Regularizer):
     """A user's function of the logical layers, ((W_1, b_1), ...) -> scalar."""
 
-    function: Callable[[Any], jax.Array]
+    function: Callable[[Any], Any]
 
     @property
     def reference(self) -> Any:

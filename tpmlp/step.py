@@ -6,12 +6,13 @@ one device's blocks. The transpose between the two happens here, once, and nowhe
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec
 
 from tpmlp.batch import Batch, batch_shardings, check_features, place_batch
@@ -22,6 +23,7 @@ from tpmlp.kernels.backprop import Chain
 from tpmlp.layout import padded
 from tpmlp.losses import Cotangent, Loss, get_loss
 from tpmlp.model import MLP, Params, chain_of, check_params, logical_layers, param_shardings
+from tpmlp.placement import Placement
 from tpmlp.regularizers import ElementwisePenalty, Regularizer, UserPenalty, get_regularizer
 from tpmlp.strategy import Strategy
 
@@ -78,7 +80,7 @@ class Objective:
 
         value, grads = self.map(body, (PartitionSpec(), self.param_specs))(params, batch)
         if isinstance(self.regularizer, UserPenalty):
-            penalty, dR = jax.value_and_grad(self._user_penalty)(params)
+            penalty, dR = jax.value_and_grad(partial(self._user_penalty, self.regularizer))(params)
             grads = jax.tree.map(jnp.add, grads, dR)
         else:
             penalty = self._penalty(params)
@@ -86,8 +88,8 @@ class Objective:
 
     def run(self, layers: Any, x: Any, y: Any, weight: Any) -> kernel.Pass:
         """Run the kernel on one device's blocks."""
-        elementwise = isinstance(self.regularizer, ElementwisePenalty)
-        penalty = self.regularizer if elementwise else None
+        regularizer = self.regularizer
+        penalty = regularizer if isinstance(regularizer, ElementwisePenalty) else None
         return kernel.value_and_grad(
             layers, x, y, weight, chain=self.chain, loss=self.loss, penalty=penalty
         )
@@ -98,7 +100,10 @@ class Objective:
         def features_first(layers: Any, batch: Batch) -> Any:
             dtype = layers[0][0].dtype
             x, y, weight = batch
-            y = y.astype(dtype).T if self.loss.targets == "values" else y
+            if self.loss.targets == "values":
+                y = y.astype(dtype).T
+            elif self.loss.targets == "labels":
+                y = y.astype(jnp.int32)
             return body(layers, x.astype(dtype).T, y, weight.astype(dtype))
 
         batch_specs = Batch(*(s and s.spec for s in batch_shardings(self.placement, self.loss)))
@@ -110,7 +115,7 @@ class Objective:
         )
 
     @property
-    def placement(self) -> Any:
+    def placement(self) -> Placement:
         """Where the model's arrays are."""
         return self.chain.placement
 
@@ -120,11 +125,12 @@ class Objective:
         return jax.tree.map(lambda s: s.spec, param_shardings(self.model, self.placement))
 
     def _penalty(self, params: Params) -> jax.Array:
-        if self.regularizer is None:
+        regularizer = self.regularizer
+        if isinstance(regularizer, UserPenalty):
+            return self._user_penalty(regularizer, params)
+        if not isinstance(regularizer, ElementwisePenalty):
             return jnp.zeros((), params[0][0].dtype)
-        if isinstance(self.regularizer, UserPenalty):
-            return self._user_penalty(params)
-        body = partial(kernel.penalty_value, chain=self.chain, penalty=self.regularizer)
+        body = partial(kernel.penalty_value, chain=self.chain, penalty=regularizer)
         return jax.shard_map(
             body,
             mesh=self.placement.mesh,
@@ -132,8 +138,8 @@ class Objective:
             out_specs=PartitionSpec(),
         )(params)
 
-    def _user_penalty(self, params: Params) -> jax.Array:
-        return self.regularizer.function(logical_layers(self.model, params))
+    def _user_penalty(self, penalty: UserPenalty, params: Params) -> jax.Array:
+        return penalty.function(logical_layers(self.model, params))
 
 
 def make_objective(
@@ -275,12 +281,12 @@ def apply(
     chain = chain_of(model, mesh, strategy)
     check_params(model, params, chain.placement)
     x = check_features(x, chain.placement.widths[0])
-    if not isinstance(x, jax.core.Tracer):
+    if not isinstance(x, Tracer):
         check_finite("x", np.asarray(x))
     return _apply(model, chain)(params, x)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _apply(model: MLP, chain: Chain) -> Callable[[Params, jax.Array], jax.Array]:
     placement = chain.placement
     outputs = _outputs(model, chain)
@@ -324,7 +330,8 @@ def _outputs(model: MLP, chain: Chain) -> Callable[[Params, jax.Array], jax.Arra
         return out, (params, x, z)
 
     def outputs_bwd(kept: Any, g: jax.Array) -> Any:
-        return backward(*kept, g)
+        params, x, z = kept
+        return backward(params, x, z, g)
 
     outputs.defvjp(outputs_fwd, outputs_bwd)
     return outputs

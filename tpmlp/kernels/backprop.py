@@ -62,7 +62,7 @@ def backward(
     layers: Layers, x: jax.Array, z: list[jax.Array], g: jax.Array, chain: Chain
 ) -> Backward:
     """Run the recursion from g_{L+1} down to g_1: `forward`, transposed, last layer first."""
-    grads, all_g = [], [g]
+    grads, all_g, dh = [], [g], x
     for l in range(len(layers), 0, -1):
         W, b = layers[l - 1]
         kept = _again(z[l - 2] if l > 1 else x, g, chain)
@@ -76,13 +76,13 @@ def backward(
 
 
 def sigma(z: jax.Array, layer: int, chain: Chain) -> jax.Array:
-    """Compute h_{l+1} = sigma(z_l); padding rows stay 0, also where sigma(0) is not."""
+    """Compute h_{l+1} from z_l. Padding rows stay 0, whatever the activation makes of 0."""
     h = chain.activation.sigma(z)
     return h if chain.activation.fixes_zero else _mask(h, layer, chain)
 
 
 def sigma_prime(z: jax.Array, layer: int, chain: Chain) -> jax.Array:
-    """Compute sigma'(z_l); 0 on padding rows, where a user's derivative need not be finite."""
+    """Compute sigma'(z_l), 0 on padding rows, where a user's derivative need not be finite."""
     return _mask(chain.activation.sigma_prime(z), layer, chain)
 
 
@@ -92,7 +92,7 @@ def _mask(array: jax.Array, layer: int, chain: Chain) -> jax.Array:
     if width == whole:
         return array
     first = block_index("O/g/s", **chain.placement.axes[layer - 1]) * array.shape[0]
-    rows = first + jnp.arange(array.shape[0])
+    rows = first + jnp.arange(array.shape[0], dtype=jnp.int32)
     return jnp.where((rows < width)[:, None], array, 0)
 
 

@@ -6,6 +6,7 @@ the compiled program, on every mesh.
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
@@ -34,13 +35,14 @@ class Collective:
     elements: int
 
     @property
-    def words(self) -> int:
+    def words(self) -> int | float:
         """Elements a device receives: (p-1)/p of the whole, twice that for an all-reduce.
 
-        These are the volumes of ring algorithms, which are also lower bounds.
+        These are the volumes of ring algorithms, which are also lower bounds. An int where whole.
         """
         rounds = 2 if self.kind == "all_reduce" else 1
-        return rounds * self.elements * (self.num_devices - 1) // self.num_devices
+        words = Fraction(rounds * self.elements * (self.num_devices - 1), self.num_devices)
+        return int(words) if words.denominator == 1 else float(words)
 
 
 def layer_collectives(

@@ -80,7 +80,7 @@ def value_and_grad(
     z = backprop.forward(layers, x, chain)
     scalars, sample = _value(z[-1], y, weight, chain=chain, loss=loss)
     scale = weight / scalars.weight if loss.reduction == "mean" else weight
-    g = jnp.where(weight != 0, sample.gradient * scale, 0)
+    g = jnp.where(weight[None] != 0, sample.gradient * scale[None], 0)
     grads, all_g, _ = backprop.backward(layers, x, z, g, chain)
     if penalty is not None:
         grads = _add_penalty(layers, grads, penalty)
@@ -90,7 +90,7 @@ def value_and_grad(
 def penalty_value(layers: Layers, chain: Chain, penalty: ElementwisePenalty) -> jax.Array:
     """Compute R(W): each device sums its blocks, and one all-reduce adds the sums."""
     counted = [a for W, b in layers for a in (W, b if penalty.biases else None) if a is not None]
-    local = sum(penalty.value(block) for block in counted)
+    local = jnp.sum(jnp.stack([penalty.value(block) for block in counted]))
     return all_reduce("+g+s -> ", local, **chain.placement.axes[-1])
 
 
