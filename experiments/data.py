@@ -1,6 +1,6 @@
 """The main job's data: scikit-learn's digits, or one file of the user's.
 
-The idea: each source is read into the same `_Table`, which remembers how its user counts rows
+The idea: each source is read into the same `Table`, which remembers how its user counts rows
 (lines of a CSV file, indices of an array). Everything after reading is written once and can
 still name the place at fault:
 
@@ -9,23 +9,26 @@ still name the place at fault:
 Notation: n samples as rows, d features, k target columns, C classes.
 """
 
-import csv
-import io
 import json
-import lzma
 import os
-import tokenize
-import zipfile
-import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 
+from experiments.tables import (
+    DataError,
+    Table,
+    existing,
+    listed,
+    number_in,
+    read,
+    shape_text,
+    shown,
+)
+
 Loss = Literal["cross_entropy", "mse", "logistic"]
-Record = tuple[int, list[str]]
 
 # Integers with more distinct values than this are taken for counts or amounts, not classes.
 MAX_INFERRED_CLASSES = 50
@@ -33,28 +36,9 @@ MAX_INFERRED_CLASSES = 50
 MIN_ROWS = 4
 # The digits' split never changes, so that accuracies of different seeds can be compared.
 DIGITS_SPLIT_SEED = 0
-DEFAULT_TARGET = "target"
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-WRITE_AGAIN = "Write it again with np.savez(file, x=x, y=y)."
 # Every integer below it is exact in float64, so no two labels fall together.
 EXACT_INTEGER_BOUND = 2.0**53
-# What zipfile, its decompressors and the npy header parser raise on bytes they cannot read.
-UNREADABLE_NPZ = (
-    ValueError,
-    OSError,
-    EOFError,
-    RuntimeError,
-    MemoryError,
-    SyntaxError,
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-)
-
-
-class DataError(ValueError):
-    """The user's data cannot be used; the text is one line that names the file and the way out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -89,34 +73,6 @@ class Dataset:
     feature_names: tuple[str, ...]
     mean: np.ndarray
     scale: np.ndarray
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Table:
-    """What a source holds, before anything decides what its target means.
-
-    Attributes:
-        source: the file, as error texts name it.
-        x: [n, d] float64.
-        y: [n] or [n, k >= 2], float64, or [n] text.
-        feature_names: one for each column of x.
-        target_names: one for each column of y.
-        lines: the line in the file at which each row starts; None where rows count from 0.
-    """
-
-    source: str
-    x: np.ndarray
-    y: np.ndarray
-    feature_names: tuple[str, ...]
-    target_names: tuple[str, ...]
-    lines: tuple[int, ...] | None
-
-    @property
-    def is_text(self) -> bool:
-        return self.y.dtype.kind == "U"
-
-    def place(self, row: int) -> str:
-        return f"row {row} (0-based)" if self.lines is None else f"line {self.lines[row]}"
 
 
 def load(
@@ -162,7 +118,7 @@ def load(
         ((1347, 64), (450, 64), 10, 'cross_entropy')
     """
     _check_arguments(path, target, loss, test_fraction, seed)
-    table = _digits() if path is None else _read(_existing(path), target)
+    table = _digits() if path is None else read(existing(path), target)
     _check_table(table)
     chosen, reason = (loss, "given") if loss else _infer_loss(table)
     y, classes = _encode(table, chosen)
@@ -240,7 +196,7 @@ def save_class_map(dataset: Dataset, path: str | os.PathLike[str]) -> None:
 # Reading
 
 
-def _digits() -> _Table:
+def _digits() -> Table:
     try:
         from sklearn.datasets import load_digits
         from sklearn.utils import Bunch
@@ -251,7 +207,7 @@ def _digits() -> _Table:
         ) from error
     digits = load_digits()
     assert isinstance(digits, Bunch), "load_digits() without arguments returns a Bunch"
-    return _Table(
+    return Table(
         source="digits",
         x=digits["data"].astype(np.float64),
         y=digits["target"].astype(np.float64),
@@ -261,255 +217,10 @@ def _digits() -> _Table:
     )
 
 
-def _existing(path: str | os.PathLike[str]) -> Path:
-    file = Path(os.path.expanduser(path))
-    try:
-        size = file.stat().st_size
-    except OSError as error:
-        raise DataError(
-            f"{file}: cannot be read ({error.strerror}). Give the path of a .csv or .npz file."
-        ) from error
-    if file.is_dir():
-        raise DataError(f"{file}: is a directory. Give the path of a .csv or .npz file in it.")
-    if file.suffix.lower() not in (".csv", ".npz"):
-        raise DataError(
-            f"{file}: the suffix must be .csv or .npz: got {file.suffix!r}."
-            " Save the data in one of these formats."
-        )
-    if size == 0:
-        raise DataError(f"{file}: is empty (0 bytes). Write the data to it again.")
-    return file
-
-
-def _read(file: Path, target: str | None) -> _Table:
-    if file.suffix.lower() == ".csv":
-        return _read_csv(file, target)
-    if target is not None:
-        raise DataError(
-            f"{file}: target names a column of a .csv file: got target={target!r}."
-            " Omit it: the target of an .npz file is its array y."
-        )
-    return _read_npz(file)
-
-
-def _read_csv(file: Path, target: str | None) -> _Table:
-    records = _csv_records(file)
-    if not records:
-        raise DataError(f"{file}: is empty (blank lines only). Write the data to it again.")
-    header = _csv_header(file, records[0])
-    position = _target_position(file, header, target)
-    rows = records[1:]
-    if not rows:
-        raise DataError(f"{file}: has a header and no rows. Add a line for each sample.")
-    _check_ragged(file, rows, len(header))
-    labels = [fields.pop(position).strip() for _, fields in rows]
-    names = header[:position] + header[position + 1 :]
-    return _Table(
-        source=str(file),
-        x=np.array([_csv_numbers(file, row, names) for row in rows]),
-        y=_csv_labels(labels),
-        feature_names=names,
-        target_names=(header[position],),
-        lines=tuple(line for line, _ in rows),
-    )
-
-
-def _csv_records(file: Path) -> list[Record]:
-    """Each record that is not blank, with the line at which it starts."""
-    text = io.StringIO(_decoded(file), newline="")
-    reader = csv.reader(text, skipinitialspace=True, strict=True)
-    records, line = [], 1
-    try:
-        for fields in reader:
-            if len(fields) > 1 or "".join(fields).strip():
-                records.append((line, fields))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(
-            f"{file}: line {line} is not valid CSV ({error})."
-            ' Close every quoted field, and write a quote inside it as "".'
-        ) from error
-    return records
-
-
-def _decoded(file: Path) -> str:
-    try:
-        return file.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(
-            f"{file}: cannot be read ({error.strerror}). Change its permissions."
-        ) from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{file}: must be UTF-8: line {line} holds the byte"
-            f" 0x{error.object[error.start]:02x}. Save the file as UTF-8."
-        ) from error
-
-
-def _csv_header(file: Path, record: Record) -> tuple[str, ...]:
-    header = tuple(name.strip() for name in record[1])
-    if len(header) < 2:
-        raise DataError(
-            f"{file}: the header must name at least two columns: got {_listed(header)}."
-            " Separate the columns by commas."
-        )
-    if "" in header:
-        raise DataError(
-            f"{file}: column {header.index('') + 1} (1-based) has no name in the header."
-            " Name it or remove it (pandas writes its index so: to_csv(index=False))."
-        )
-    twice = [name for name in header if header.count(name) > 1]
-    if twice:
-        raise DataError(
-            f"{file}: column names must differ: got {_shown(twice[0])}"
-            f" {header.count(twice[0])} times. Rename or remove one."
-        )
-    return header
-
-
-def _target_position(file: Path, header: tuple[str, ...], target: str | None) -> int:
-    name = DEFAULT_TARGET if target is None else target.strip()
-    if name in header:
-        return header.index(name)
-    raise DataError(
-        f"{file}: no column is named {_shown(name)}. Set target to one of {_listed(header)}."
-    )
-
-
-def _check_ragged(file: Path, rows: Sequence[Record], num_columns: int) -> None:
-    for line, fields in rows:
-        if len(fields) != num_columns:
-            raise DataError(
-                f"{file}: line {line} must have {num_columns} fields, as the header has:"
-                f" got {len(fields)}. Add or remove commas, or quote a field that holds one."
-            )
-
-
-def _csv_numbers(file: Path, row: Record, names: tuple[str, ...]) -> list[float]:
-    values = [_number(text) for text in row[1]]
-    if None in values:
-        column = values.index(None)
-        raise DataError(
-            f"{file}: line {row[0]}, column {_shown(names[column])} must be a number:"
-            f" got {_shown(row[1][column])}. Correct it, or remove the column."
-        )
-    return [value for value in values if value is not None]
-
-
-def _csv_labels(labels: list[str]) -> np.ndarray:
-    numbers = [_number(label) for label in labels]
-    return np.array(labels) if None in numbers else np.array(numbers, dtype=np.float64)
-
-
-def _number(text: str) -> float | None:
-    # float() also reads Python's own 1_000, which in a data file is a name, not a thousand.
-    if "_" in text:
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def _read_npz(file: Path) -> _Table:
-    x, y = _npz_arrays(file)
-    if x.dtype.kind not in "biuf":
-        raise DataError(
-            f"{file}: x must hold numbers: got dtype {x.dtype}. Save it as float32 or float64."
-        )
-    if x.ndim != 2 or x.shape[1] == 0:
-        raise DataError(
-            f"{file}: x must be [n, d] with d >= 1: got shape {_shape(x)}."
-            " Reshape it to one row a sample."
-        )
-    if y.ndim not in (1, 2) or 0 in y.shape[1:]:
-        raise DataError(
-            f"{file}: y must be [n] or [n, k]: got shape {_shape(y)}."
-            " Reshape it to one label, or one row, a sample."
-        )
-    if len(x) != len(y):
-        raise DataError(
-            f"{file}: x and y must have equally many rows: got x {_shape(x)}, y {_shape(y)}."
-            " Save one target for each sample."
-        )
-    return _Table(
-        source=str(file),
-        x=x.astype(np.float64),
-        y=_npz_labels(file, y),
-        feature_names=tuple(f"x[:, {column}]" for column in range(x.shape[1])),
-        target_names=_npz_target_names(y),
-        lines=None,
-    )
-
-
-def _npz_target_names(y: np.ndarray) -> tuple[str, ...]:
-    if y.ndim == 1:
-        return ("y",)
-    return tuple(f"y[:, {column}]" for column in range(y.shape[1]))
-
-
-def _npz_labels(file: Path, y: np.ndarray) -> np.ndarray:
-    values = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
-    if values.dtype.kind in "biuf":
-        return values.astype(np.float64)
-    if values.dtype.kind not in "US" or values.ndim == 2:
-        raise DataError(
-            f"{file}: y must hold numbers, or be [n] of text: got dtype {y.dtype},"
-            f" shape {_shape(y)}. Save it as numbers or one label a sample."
-        )
-    try:
-        return values.astype(np.str_)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file}: y must be text: got bytes that are not ASCII (dtype {y.dtype})."
-            " Decode them, and save an array of str."
-        ) from error
-
-
-def _npz_arrays(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    with _npz_archive(file) as archive:
-        names = [name for name in archive.namelist() if name.endswith(".npy")]
-        keys = tuple(name.removesuffix(".npy") for name in names)
-        missing = " and ".join(key for key in ("x", "y") if key not in keys)
-        if missing:
-            raise DataError(
-                f"{file}: must hold the arrays x and y: got {_listed(keys) or 'none'}, without"
-                f" {missing}. {WRITE_AGAIN}"
-            )
-        return _npz_array(file, archive, "x"), _npz_array(file, archive, "y")
-
-
-def _npz_archive(file: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(file)
-    except UNREADABLE_NPZ as error:
-        raise DataError(
-            f"{file}: is damaged or not an .npz archive ({_one_line(error)}). {WRITE_AGAIN}"
-        ) from error
-
-
-def _npz_array(file: Path, archive: zipfile.ZipFile, key: str) -> np.ndarray:
-    # The whole member is read first, and with it its checksum; np.load would parse a damaged
-    # header before it noticed.
-    try:
-        member = io.BytesIO(archive.read(f"{key}.npy"))
-        return np.lib.format.read_array(member, allow_pickle=False)
-    except UNREADABLE_NPZ as error:
-        if "Object arrays" in str(error):
-            raise DataError(
-                f"{file}: {key} is a pickled object array, which is never loaded: a pickle can"
-                f" run any code. Save {key} with a numeric or text dtype."
-            ) from error
-        raise DataError(
-            f"{file}: {key} is damaged and cannot be read ({_one_line(error)}). {WRITE_AGAIN}"
-        ) from error
-
-
 # What the target means
 
 
-def _infer_loss(table: _Table) -> tuple[Loss, str]:
+def _infer_loss(table: Table) -> tuple[Loss, str]:
     if table.is_text:
         _refuse_mixture(table)
         return "cross_entropy", f"{_target(table)} holds text, so each text is a class"
@@ -529,7 +240,7 @@ def _infer_loss(table: _Table) -> tuple[Loss, str]:
     )
 
 
-def _infer_columns(table: _Table) -> tuple[Loss, str]:
+def _infer_columns(table: Table) -> tuple[Loss, str]:
     what = f"{_target(table)} has {table.y.shape[1]} columns"
     if not np.isin(table.y, (0, 1)).all():
         return "mse", f"{what} of numbers"
@@ -538,7 +249,7 @@ def _infer_columns(table: _Table) -> tuple[Loss, str]:
     return "logistic", f"{what} of 0 and 1"
 
 
-def _encode(table: _Table, loss: Loss) -> tuple[np.ndarray, tuple[str, ...] | None]:
+def _encode(table: Table, loss: Loss) -> tuple[np.ndarray, tuple[str, ...] | None]:
     if loss == "mse":
         return _amounts(table), None
     if table.y.ndim == 2:
@@ -549,26 +260,26 @@ def _encode(table: _Table, loss: Loss) -> tuple[np.ndarray, tuple[str, ...] | No
     if len(classes) != 2:
         raise DataError(
             f"{table.source}: loss='logistic' needs two classes in {_target(table)}:"
-            f" got {len(classes)}, {_listed(classes)}. Set loss to 'cross_entropy'."
+            f" got {len(classes)}, {listed(classes)}. Set loss to 'cross_entropy'."
         )
     return indices[:, None].astype(np.float32), classes
 
 
-def _amounts(table: _Table) -> np.ndarray:
+def _amounts(table: Table) -> np.ndarray:
     if table.is_text:
-        row = next(row for row, label in enumerate(table.y) if _number(label) is None)
+        row = next(row for row, label in enumerate(table.y) if number_in(label) is None)
         raise DataError(
             f"{table.source}: {table.place(row)}, {_target(table)} must be a number for"
-            f" loss='mse': got {_shown(table.y[row])}. Correct it, or set loss to 'cross_entropy'."
+            f" loss='mse': got {shown(table.y[row])}. Correct it, or set loss to 'cross_entropy'."
         )
     return table.y.reshape(len(table.y), -1).astype(np.float32)
 
 
-def _indicators(table: _Table, loss: Loss) -> np.ndarray:
+def _indicators(table: Table, loss: Loss) -> np.ndarray:
     if loss == "cross_entropy":
         raise DataError(
             f"{table.source}: loss='cross_entropy' needs y [n], one class a sample: got y"
-            f" {_shape(table.y)}. Save y.argmax(axis=1) if y is one-hot, or set loss to 'logistic'."
+            f" {shape_text(table.y)}. Save y.argmax(axis=1) if y is one-hot, or use 'logistic'."
         )
     wrong = np.argwhere(~np.isin(table.y, (0, 1)))
     if len(wrong):
@@ -580,7 +291,7 @@ def _indicators(table: _Table, loss: Loss) -> np.ndarray:
     return table.y.astype(np.float32)
 
 
-def _class_indices(table: _Table, loss: Loss) -> tuple[np.ndarray, tuple[str, ...]]:
+def _class_indices(table: Table, loss: Loss) -> tuple[np.ndarray, tuple[str, ...]]:
     if not table.is_text:
         _refuse_fractions(table, loss)
     values, indices, counts = np.unique(table.y, return_inverse=True, return_counts=True)
@@ -588,7 +299,7 @@ def _class_indices(table: _Table, loss: Loss) -> tuple[np.ndarray, tuple[str, ..
     if len(classes) < 2:
         raise DataError(
             f"{table.source}: {_target(table)} must hold at least two classes: got"
-            f" {_listed(classes)} in all {len(indices)} rows. Add samples of another class."
+            f" {listed(classes)} in all {len(indices)} rows. Add samples of another class."
         )
     if counts.max() < 2:
         raise DataError(
@@ -599,7 +310,7 @@ def _class_indices(table: _Table, loss: Loss) -> tuple[np.ndarray, tuple[str, ..
     return indices, classes
 
 
-def _refuse_fractions(table: _Table, loss: Loss) -> None:
+def _refuse_fractions(table: Table, loss: Loss) -> None:
     whole = _is_integer(table.y)
     if not whole.all():
         row = int(whole.argmin())
@@ -609,14 +320,14 @@ def _refuse_fractions(table: _Table, loss: Loss) -> None:
         )
 
 
-def _refuse_mixture(table: _Table) -> None:
+def _refuse_mixture(table: Table) -> None:
     # One mistyped amount would otherwise turn a regression into thousands of classes.
-    numbers = [_number(label) for label in table.y]
+    numbers = [number_in(label) for label in table.y]
     if any(number is not None and np.isfinite(number) for number in numbers):
         row = numbers.index(None)
         raise DataError(
             f"{table.source}: {_target(table)} holds numbers and text: {table.place(row)} is"
-            f" {_shown(table.y[row])}. Correct it, or set loss to 'cross_entropy' to make each"
+            f" {shown(table.y[row])}. Correct it, or set loss to 'cross_entropy' to make each"
             " value a class."
         )
 
@@ -632,7 +343,7 @@ def _num_held_out(num_rows: int, test_fraction: float) -> int:
     return 0 if num_rows < 2 else min(max(round(test_fraction * num_rows), 1), num_rows - 1)
 
 
-def _digits_scaling(table: _Table) -> tuple[np.ndarray, np.ndarray]:
+def _digits_scaling(table: Table) -> tuple[np.ndarray, np.ndarray]:
     return np.zeros(table.x.shape[1]), np.full(table.x.shape[1], 16.0)
 
 
@@ -643,7 +354,7 @@ def _scaling(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x.mean(axis=0), np.where(varies, deviation, 1.0)
 
 
-def _scaled(table: _Table, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def _scaled(table: Table, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
     scaled = (table.x - mean) / scale
     _refuse_unusable(table, scaled, table.feature_names, "after standardising")
     return scaled.astype(np.float32)
@@ -662,7 +373,7 @@ def _check_arguments(
         )
     if loss is not None and loss not in get_args(Loss):
         raise DataError(
-            f"loss must be one of {_listed(get_args(Loss))}: got loss={loss!r}."
+            f"loss must be one of {listed(get_args(Loss))}: got loss={loss!r}."
             " Omit it to have it inferred."
         )
     if not 0 < test_fraction < 1:
@@ -674,7 +385,7 @@ def _check_arguments(
         raise DataError(f"seed must not be negative: got seed={seed}. Use 0 or more.")
 
 
-def _check_table(table: _Table) -> None:
+def _check_table(table: Table) -> None:
     if len(table.x) < MIN_ROWS:
         raise DataError(
             f"{table.source}: must hold at least {MIN_ROWS} rows, to train on some and test on"
@@ -687,7 +398,7 @@ def _check_table(table: _Table) -> None:
         _refuse_unusable(table, table.y.reshape(len(table.y), -1), table.target_names)
 
 
-def _refuse_empty_labels(table: _Table) -> None:
+def _refuse_empty_labels(table: Table) -> None:
     empty = table.y == ""
     if empty.any():
         raise DataError(
@@ -697,14 +408,14 @@ def _refuse_empty_labels(table: _Table) -> None:
 
 
 def _refuse_unusable(
-    table: _Table, values: np.ndarray, names: tuple[str, ...], when: str = "as given"
+    table: Table, values: np.ndarray, names: tuple[str, ...], when: str = "as given"
 ) -> None:
     # The comparison is false for NaN too, so one test finds NaN, infinity and overflow.
     usable = np.abs(values) <= FLOAT32_MAX
     if not usable.all():
         row, column = np.argwhere(~usable)[0]
         raise DataError(
-            f"{table.source}: {table.place(row)}, column {_shown(names[column])} must be finite in"
+            f"{table.source}: {table.place(row)}, column {shown(names[column])} must be finite in"
             f" float32 {when}: got {values[row, column]:g}. Correct it, or remove the row."
         )
 
@@ -712,22 +423,5 @@ def _refuse_unusable(
 # Words of the error texts
 
 
-def _target(table: _Table) -> str:
-    return "y" if table.lines is None else f"column {_shown(table.target_names[0])}"
-
-
-def _shape(array: np.ndarray) -> str:
-    return str(list(array.shape))
-
-
-def _shown(text: str, limit: int = 40) -> str:
-    return repr(str(text) if len(text) <= limit else f"{text[: limit - 3]}...")
-
-
-def _listed(names: Sequence[str], limit: int = 12) -> str:
-    shown = ", ".join(_shown(name) for name in names[:limit])
-    return shown if len(names) <= limit else f"{shown}, ... ({len(names)} in all)"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _target(table: Table) -> str:
+    return "y" if table.lines is None else f"column {shown(table.target_names[0])}"

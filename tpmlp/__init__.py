@@ -1,7 +1,7 @@
 """tpmlp: tensor-parallel multilayer perceptrons with an explicit, verified backward pass."""
 
 from tpmlp.batch import Batch, shard_batch
-from tpmlp.inspection.audit import audit
+from tpmlp.inspection.audit import Audit, audit
 from tpmlp.inspection.trace import trace
 from tpmlp.inspection.verify import verify
 from tpmlp.losses import Loss, cross_entropy, logistic, mse, output
@@ -13,6 +13,7 @@ from tpmlp.strategy import Strategy
 
 __all__ = [
     "MLP",
+    "Audit",
     "Batch",
     "Loss",
     "Strategy",

@@ -20,6 +20,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 
 from tpmlp.activations import Activation, get_activation
+from tpmlp.inspection.draw import draw_layers
 from tpmlp.inspection.summary import Summary, summarize
 from tpmlp.kernels.backprop import Chain
 from tpmlp.layout import padded
@@ -151,6 +152,18 @@ class MLP:
             outputs_gathered=isinstance(head, UserLoss),
             with_loss=head is not None,
         )
+
+    def plot(self, mesh: Mesh, *, strategy: Strategy | None = None) -> Any:
+        """Return a matplotlib Figure of which device holds which block of every layer.
+
+        Args:
+            mesh: the mesh.
+            strategy: Strategy() by default.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        return draw_layers(place(self.widths, mesh, strategy))
 
 
 def to_numpy(model: MLP, params: Params) -> Arrays:

@@ -36,12 +36,14 @@ class Summary:
 
     Attributes:
         mesh: devices on each axis.
+        roles: "column" or "row" for each layer.
         parts: of every W_l, b_l, h_l, z_l, g_l, in the order of the layers.
         collectives: of one step, in order.
         item_bytes: bytes of an element.
     """
 
     mesh: dict[str, int]
+    roles: tuple[str, ...]
     parts: tuple[Part, ...]
     collectives: tuple[Collective, ...]
     item_bytes: int
@@ -109,6 +111,7 @@ def summarize(
     """
     return Summary(
         mesh=placement.sizes,
+        roles=placement.words,
         parts=tuple(_parts(placement, bias, batch_size, item_bytes)),
         collectives=tuple(
             step_collectives(

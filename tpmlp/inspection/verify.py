@@ -141,6 +141,8 @@ def verify(
         model, loss = replace(model, activation="relu"), "output"
     meant = get_loss(loss)
     data = _Data.draw(model, meant, kind=kind, batch_size=batch_size, seed=seed)
+    if kind == "integers":
+        _check_exact(model, meant, data)
     params = from_numpy(model, data.arrays, mesh, strategy=strategy)
     with jax.default_matmul_precision("highest"):
         run = trace(model, params, data.x, data.y, weight=data.weight, loss=meant, mesh=mesh,
@@ -225,6 +227,26 @@ def _pairs(
         if db is not None:
             pairs[f"db_{l}"] = db, np.asarray(oracle.db[l])
     return pairs
+
+
+def _check_exact(model: MLP, loss: Loss, data: _Data) -> None:
+    """Refuse integers whose sums could exceed 2^24 and be rounded.
+
+    With every number replaced by its size, each partial sum of the step, in any order, is at most
+    the result: the reference of that says how large sums can get.
+    """
+    sizes = [(np.abs(W), None if b is None else np.abs(b)) for W, b in data.arrays]
+    largest = reference.trace(
+        sizes, np.abs(data.x), weight=data.weight, activation="relu", loss=loss
+    )
+    arrays = [*largest.z.values(), *largest.g.values(), *largest.dW.values()]
+    most = max(largest.loss, *(array.max() for array in arrays))
+    if most > 2**24:
+        raise ValueError(
+            f"kind='integers' must have sums below 2^24, which float32 holds exactly: got "
+            f"widths={model.widths}, batch_size={len(data.x)}, sums up to {most:.1e}. Use a "
+            "narrower or shallower model, or a smaller batch."
+        )
 
 
 def _operation_errors(model: MLP, run: Trace, data: _Data, loss: Loss) -> dict[str, float]:

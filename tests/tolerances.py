@@ -1,0 +1,16 @@
+"""Every tolerance of the suite, each with where it comes from. None is ever relaxed to pass."""
+
+# float64, relative to the largest entry of the expected tensor. A sum of n products errs by at
+# most n u of the sum of their magnitudes, u = 1.1e-16. The longest sum in these tests has 30 terms
+# and a tensor is at most 9 sums deep (4 layers forward, the loss, 4 back): 30 * 9 * u = 3e-14,
+# times 30 for magnitudes that cancel. Real mistakes are of order 1.
+FLOAT64 = 1e-12
+
+# sigma, sigma' and the losses of single numbers in float64: a formula of about ten operations,
+# each with an error of one ulp (2.2e-16), against another formula for the same function.
+ELEMENTWISE = 1e-14
+
+# jax.grad of a formula against the formula of its derivative. Where a unit saturates jax.grad
+# subtracts equal numbers (1 - s(z) and the like), so the error is absolute: 30 ulp of arguments
+# up to 30.
+AUTODIFF = 30 * 30 * 2.3e-16
