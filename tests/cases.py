@@ -48,9 +48,7 @@ def layouts(sizes: Sizes) -> tuple[str, ...]:
 
 PLACEMENTS = [(sizes, layout) for sizes in MESHES for layout in layouts(sizes)]
 # One layout a mesh, all of them in turn, for claims that need every mesh but not every layout.
-ONE_LAYOUT = [
-    (sizes, layouts(sizes)[i % len(layouts(sizes))]) for i, sizes in enumerate(MESHES)
-]
+ONE_LAYOUT = [(sizes, layouts(sizes)[i % len(layouts(sizes))]) for i, sizes in enumerate(MESHES)]
 # Widths that these do not divide, both kinds of roles, data parallelism, two tensor axes.
 FEW_PLACEMENTS = [((1, 3, 1), "row"), ((4, 2, 1), "column"), ((2, 2, 2), "row-column")]
 
@@ -148,7 +146,9 @@ def everything(objective: Objective) -> Callable[[Any, Batch], Pass]:
     layers = range(1, objective.model.num_layers + 1)
     z = [placement.spec("O/g/s B/d", l) for l in layers]
     scalar = PartitionSpec()
-    specs = Pass(Value(scalar, scalar, scalar), objective.param_specs, z, z)
+    # The results' own tuples, with a PartitionSpec in the place of each array.
+    value = Value._make([scalar] * 3)
+    specs = Pass._make([value, objective.param_specs, z, z])
     return jax.jit(objective.map(objective.run, specs))
 
 

@@ -86,12 +86,15 @@ def place_batch(placement: Placement, loss: Loss, batch: Batch) -> Batch:
     """
     if any(isinstance(array, Tracer) for array in batch):
         if batch.weight is not None and _shapes(batch) == _padded_shapes(placement, loss, batch):
+            if loss.targets != "values":
+                loss.check_targets(batch.y, batch.weight.shape[0], placement.widths[-1])
             return batch
         return _pad(placement, loss, check_shapes(placement, loss, batch), jnp)
     shardings = batch_shardings(placement, loss)
-    if all(map(_is_placed, batch, shardings)):
+    fits = _shapes(batch) == _padded_shapes(placement, loss, batch)
+    if fits and all(map(_is_placed, batch, shardings)):
         return batch
-    on_host = Batch(*(a if a is None else np.asarray(a) for a in batch))
+    on_host = Batch(*(np.asarray(a) if isinstance(a, jax.Array) else a for a in batch))
     on_host = check_shapes(placement, loss, on_host)
     _check_values(placement, loss, on_host)
     full = _pad(placement, loss, on_host, np)
@@ -151,27 +154,38 @@ def _check_values(placement: Placement, loss: Loss, batch: Batch) -> None:
 
 
 def _pad(placement: Placement, loss: Loss, batch: Batch, library: ModuleType) -> Batch:
-    """Fill rows up to a multiple of data and features to the padded widths, all with 0."""
-    target = _padded_shapes(placement, loss, batch)
+    """Fill the batch up to a multiple of data, and features with 0 to the padded widths.
 
-    def fill(array: Any, shape: tuple[int, ...] | None) -> Any:
-        if array is None or shape is None or array.shape == shape:
-            return array
-        return library.pad(array, [(0, n - m) for m, n in zip(array.shape, shape, strict=True)])
+    Padding samples are copies of the last one, with weight 0: whatever a user's activation is at
+    real samples, it is there too, while at a sample of zeros it need not be finite.
+    """
+    x, y, weight = _padded_shapes(placement, loss, batch)
+    return Batch(
+        fill(batch.x, x, library),
+        None if y is None else fill(batch.y, y, library),
+        library.pad(batch.weight, (0, weight[0] - batch.weight.shape[0])),
+    )
 
-    return Batch(*map(fill, batch, target))
+
+def fill(array: Any, shape: tuple[int, ...], library: ModuleType) -> Any:
+    """Return an array padded to a shape: rows with copies of the last, other dims with 0."""
+    missing = [n - m for m, n in zip(array.shape, shape, strict=True)]
+    if not any(missing):
+        return array
+    rows = library.pad(array, [(0, missing[0]), *[(0, 0)] * (array.ndim - 1)], mode="edge")
+    return library.pad(rows, [(0, 0), *((0, n) for n in missing[1:])])
 
 
 def _padded_shapes(placement: Placement, loss: Loss, batch: Batch) -> Batch:
     shapes = _shapes(batch)
-    rows = padded(shapes.x[0], placement.sizes["data"])
+    rows = padded((shapes.x or (0,))[0], placement.sizes["data"])
     d_in, d_out = placement.padded_widths[0], placement.padded_widths[-1]
-    tail = (d_out,) if loss.targets == "values" else (shapes.y or ())[1:]
+    tail = {"values": (d_out,), "any": (shapes.y or ())[1:]}.get(loss.targets or "none", ())
     return Batch((rows, d_in), None if loss.targets is None else (rows, *tail), (rows,))
 
 
 def _shapes(batch: Batch) -> Batch:
-    return Batch(*(None if a is None else np.shape(a) for a in batch))
+    return Batch(*(getattr(array, "shape", None) for array in batch))
 
 
 def _is_placed(array: Any, sharding: NamedSharding | None) -> bool:

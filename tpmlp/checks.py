@@ -13,11 +13,15 @@ import numpy as np
 
 def as_array(name: str, value: Any) -> Any:
     """Return value as an array, JAX's left as they are; refuse None and what has no numbers."""
-    if isinstance(value, jax.Array):
-        return value
     if value is None:
         raise ValueError(f"{name} must be given: got {name}=None.")
-    array = np.asarray(value)
+    try:
+        array = value if isinstance(value, jax.Array) else np.asarray(value)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must have rows of one length and shape: got a {type(value).__name__} that "
+            f"is no array ({error})."
+        ) from error
     if array.dtype.kind not in "biuf" and array.dtype != jnp.bfloat16:
         raise ValueError(
             f"{name} must be an array of real numbers: got {name} of dtype {array.dtype}. "
@@ -47,15 +51,15 @@ def check_labels(loss: str, y: Any, num_samples: int) -> Any:
     return y
 
 
-def check_values(loss: str, y: Any, num_samples: int, num_outputs: int) -> Any:
+def check_values(loss: str, y: Any, num_samples: int, num_outputs: int, *, name: str = "y") -> Any:
     """Return targets [B, C], or refuse them; [B] will do where C = 1."""
-    y = as_array("y", y)
-    check_length("y", y, num_samples)
+    y = as_array(name, y)
+    check_length(name, y, num_samples)
     y = y[:, None] if y.ndim == 1 and num_outputs == 1 else y
     if y.shape != (num_samples, num_outputs):
         raise ValueError(
-            f"y must have shape [B, d_out] = {(num_samples, num_outputs)} for {loss}: got y of "
-            f"shape {y.shape}."
+            f"{name} must have shape [B, d_out] = {(num_samples, num_outputs)} for {loss}: got "
+            f"{name} of shape {y.shape}."
         )
     return y
 

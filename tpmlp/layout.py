@@ -126,8 +126,11 @@ def parse_signature(text: str) -> Signature:
     left, arrow, right = text.partition("->")
     if not arrow or "->" in right or "," in right:
         raise LayoutError(f'signature "{text}" must read "operand, operand -> result".')
-    operands = tuple(parse_layout(part.strip()) for part in left.split(","))
-    return Signature(text, operands, parse_layout(right.strip()))
+    try:
+        operands = tuple(parse_layout(part.strip()) for part in left.split(","))
+        return Signature(text, operands, parse_layout(right.strip()))
+    except LayoutError as error:
+        raise LayoutError(f'signature "{text}": {error}') from error
 
 
 def gathered(signature: Signature) -> tuple[int, tuple[str, ...]]:

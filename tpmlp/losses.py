@@ -29,7 +29,6 @@ from tpmlp.checks import (
     check_values,
 )
 from tpmlp.collectives import all_gather, all_reduce, all_reduce_max, block_index, einsum
-from tpmlp.layout import LayoutError
 
 
 class PerSample(NamedTuple):
@@ -176,7 +175,7 @@ class CrossEntropy(Loss):
         real = rows < num_outputs
         largest = head.max_outputs(jnp.where(real, z, -jnp.inf))
         shifted = jnp.where(real, z - largest[None], -jnp.inf)
-        onehot = rows == y[None]
+        onehot = rows.astype(y.dtype) == y[None]
         exp = jnp.exp(shifted)
         terms = [exp, jnp.where(onehot, shifted, 0)]
         terms += [jnp.where(real, shifted, 0)] if a else []
@@ -270,9 +269,10 @@ class Output(Loss):
         """Refuse a y, and a component that is no output."""
         if y is not None:
             raise ValueError(f"y must be None for loss 'output', which has no target: got {y!r}.")
-        if self.component is not None and not 0 <= self.component < num_outputs:
+        if self.component is not None and self.component not in range(num_outputs):
             raise ValueError(
-                f"component must be in 0 .. {num_outputs - 1}: got component={self.component}."
+                f"component must be an integer in 0 .. {num_outputs - 1}, an output: got "
+                f"component={self.component!r}."
             )
         return None
 
@@ -293,6 +293,14 @@ class Cotangent(Loss):
         """Return sum_k y_k z_k and y."""
         (loss,) = head.sum_outputs(y * z)
         return PerSample(loss, y, None)
+
+    def check_targets(self, y: Any, num_samples: int, num_outputs: int) -> Any:
+        """Return v [B, C], or refuse it."""
+        return check_values(self.name, y, num_samples, num_outputs, name="cotangent")
+
+    def check_target_values(self, y: np.ndarray, num_outputs: int) -> None:
+        """Refuse NaN and infinity."""
+        check_finite("cotangent", y)
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,12 +337,14 @@ class UserLoss(Loss):
         words a sample.
         """
         outputs = all_gather("C/g/s B/d -> C B/d", z, **head.axes)[: head.num_outputs]
+        one = jax.eval_shape(self.function, outputs[:, 0], y[0])
+        if one.shape != ():
+            raise ValueError(
+                f"loss {self.name!r} must return a scalar for one sample: got shape {one.shape}. "
+                "It is called with z [C] and the y of that sample; sum or average over C."
+            )
         over_samples = jax.vmap(jax.value_and_grad(self.function), in_axes=(1, 0))
         loss, gradient = over_samples(outputs, y)
-        if loss.ndim != 1:
-            raise LayoutError(
-                f"loss {self.name!r} must return a scalar for one sample: got {loss.shape[1:]}."
-            )
         rows = head.rows(z)[:, 0]
         mine = gradient.T.at[rows].get(mode="fill", fill_value=0)
         return PerSample(loss, mine.astype(z.dtype), None)

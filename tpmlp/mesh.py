@@ -110,11 +110,16 @@ def make_mesh(
 
 
 def check_mesh(mesh: Mesh) -> Mesh:
-    """Return the mesh, or refuse one whose axes are not data, stage, x, y."""
+    """Return the mesh, or refuse one whose axes are not data, stage, x, y, or not Auto."""
     if not isinstance(mesh, Mesh) or tuple(mesh.axis_names) != AXES:
         axes = getattr(mesh, "axis_names", mesh)
         raise ValueError(
             f"mesh must have the axes {AXES}: got axes={axes!r}. Make it with tpmlp.make_mesh."
+        )
+    if set(mesh.axis_types) != {AxisType.Auto}:
+        raise ValueError(
+            f"mesh must have axes of type Auto: got {mesh.axis_types}. Make it with "
+            "tpmlp.make_mesh; jax.make_mesh makes Explicit ones."
         )
     return mesh
 

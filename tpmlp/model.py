@@ -8,9 +8,9 @@ padded with zeros to widths that the mesh divides. What users see at logical wid
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -100,9 +100,7 @@ class MLP:
         """
         placement = place(self.widths, mesh, strategy)
         dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
-        shardings = param_shardings(self, placement)
-        draw = partial(_draw, self, placement.padded_widths, dtype)
-        return jax.jit(draw, out_shardings=shardings)(key)
+        return _drawing(self, placement, dtype)(key)
 
     def summary(
         self,
@@ -171,12 +169,15 @@ def to_numpy(model: MLP, params: Params) -> Arrays:
 
     Args:
         model: the model.
-        params: padded arrays in the structure of the parameters.
+        params: padded arrays in the structure of the parameters, on any mesh.
 
     Returns:
         A list of (W_l [d_l, d_{l-1}], b_l [d_l] or None).
+
+    Raises:
+        ValueError: parameters of another model, or arrays that no mesh has.
     """
-    check_structure(model, params)
+    _check_padded(model, params)
     return [
         (np.asarray(W)[:d_out, :d_in], None if b is None else np.asarray(b)[:d_out])
         for (W, b), (d_out, d_in) in zip(params, _logical_shapes(model), strict=True)
@@ -231,8 +232,11 @@ def reshard(model: MLP, params: Params, mesh: Mesh, *, strategy: Strategy | None
         params: placed on any mesh, for any layout.
         mesh: the mesh to go to.
         strategy: the strategy to go to; Strategy() by default.
+
+    Raises:
+        ValueError: parameters of another model, or arrays that no mesh has.
     """
-    check_structure(model, params)
+    _check_padded(model, params)
     placement = place(model.widths, mesh, strategy)
     target = param_shardings(model, placement)
     moved = []
@@ -292,6 +296,28 @@ def check_structure(model: MLP, params: Any) -> None:
             )
 
 
+def _check_padded(model: MLP, params: Any) -> None:
+    """Refuse what is not a model's parameters, padded for the mesh that they are on."""
+    check_structure(model, params)
+    for l, (layer, logical) in enumerate(zip(params, _logical_shapes(model), strict=True), 1):
+        for name, array in zip((f"W_{l}", f"b_{l}"), layer, strict=True):
+            if array is None:
+                continue
+            if not isinstance(array, jax.Array) or not isinstance(array.sharding, NamedSharding):
+                raise ValueError(
+                    f"{name} must be a JAX array placed on a mesh: got {type(array).__name__}. "
+                    "Place NumPy arrays with tpmlp.from_numpy."
+                )
+            sizes = array.sharding.mesh.shape
+            num_blocks = sizes.get("x", 1) * sizes.get("y", 1)
+            shape = tuple(padded(n, num_blocks) for n in logical[: array.ndim])
+            if array.shape != shape:
+                raise ValueError(
+                    f"{name} must have the padded shape {shape} on its mesh: got {array.shape}, "
+                    f"widths={model.widths}. These are the parameters of another model."
+                )
+
+
 def check_params(model: MLP, params: Any, placement: Placement) -> None:
     """Refuse parameters of another model, mesh or layout; of traced ones, only the shapes.
 
@@ -325,6 +351,12 @@ def _check_param(name: str, array: Any, shape: tuple[int, ...], sharding: NamedS
             f"{name} must be placed as {sharding.spec} on {dict(sharding.mesh.shape)}: got "
             f"{array.sharding}. {way_out}"
         )
+
+
+@cache
+def _drawing(model: MLP, placement: Placement, dtype: Any) -> Callable[[jax.Array], Params]:
+    draw = partial(_draw, model, placement.padded_widths, dtype)
+    return jax.jit(draw, out_shardings=param_shardings(model, placement))
 
 
 def _draw(model: MLP, padded_widths: tuple[int, ...], dtype: Any, key: jax.Array) -> Params:

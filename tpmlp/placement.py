@@ -89,7 +89,6 @@ class Placement:
         return (d_out, d_in), (d_out,)
 
 
-@cache
 def place(widths: tuple[int, ...], mesh: Mesh, strategy: Strategy | None = None) -> Placement:
     """Return where a chain of dense layers lives on a mesh under a strategy.
 
@@ -107,8 +106,17 @@ def place(widths: tuple[int, ...], mesh: Mesh, strategy: Strategy | None = None)
         >>> place((64, 16, 256), make_mesh(x=4, y=1), Strategy()).words
         ('row', 'column')
     """
-    check_mesh(mesh)
-    layout = (strategy or Strategy()).layout
+    if not isinstance(strategy, Strategy | None):
+        raise ValueError(
+            f"strategy must be a tpmlp.Strategy: got strategy={strategy!r}. Use for example "
+            "Strategy(layout='column')."
+        )
+    return _place(widths, check_mesh(mesh), strategy or Strategy())
+
+
+@cache
+def _place(widths: tuple[int, ...], mesh: Mesh, strategy: Strategy) -> Placement:
+    layout = strategy.layout
     words = _words(layout, widths, mesh)
     x, y = mesh.shape["x"], mesh.shape["y"]
     if len(words) != len(widths) - 1:

@@ -4,9 +4,11 @@ The built-in ones are sums over elements, so each device adds up its own block a
 needs no communication. A user's function sees the logical (W_l, b_l) and is differentiated.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import jax
@@ -40,8 +42,7 @@ class ElementwisePenalty(Regularizer):
 
     def __post_init__(self) -> None:
         for name, value in (("l1", self.l1), ("l2", self.l2)):
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must be at least 0 and finite: got {name}={value}.")
+            _check_number(name, value)
 
     @property
     def reference(self) -> Any:
@@ -79,6 +80,7 @@ def l2(coefficient: float, *, biases: bool = False) -> Regularizer:
         coefficient: at least 0.
         biases: whether the biases are counted too.
     """
+    _check_number("coefficient", coefficient)
     return ElementwisePenalty(l2=coefficient, biases=biases)
 
 
@@ -89,6 +91,7 @@ def l1(coefficient: float, *, biases: bool = False) -> Regularizer:
         coefficient: at least 0.
         biases: whether the biases are counted too.
     """
+    _check_number("coefficient", coefficient)
     return ElementwisePenalty(l1=coefficient, biases=biases)
 
 
@@ -100,8 +103,8 @@ def elastic_net(coefficient: float, ratio: float, *, biases: bool = False) -> Re
         ratio: share of l1, in [0, 1].
         biases: whether the biases are counted too.
     """
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"ratio must be in [0, 1]: got ratio={ratio}.")
+    _check_number("coefficient", coefficient)
+    _check_number("ratio", ratio, at_most=1)
     return ElementwisePenalty(l1=coefficient * ratio, l2=coefficient * (1 - ratio), biases=biases)
 
 
@@ -119,3 +122,11 @@ def get_regularizer(regularizer: object) -> Regularizer | None:
         "regularizer must be None, tpmlp.l2(c), l1(c), elastic_net(c, ratio) or a function of the "
         f"layers ((W_1, b_1), ...): got regularizer={regularizer!r}."
     )
+
+
+def _check_number(name: str, value: Any, *, at_most: float = math.inf) -> None:
+    if not isinstance(value, Real) or not (0 <= value <= at_most and math.isfinite(value)):
+        raise ValueError(
+            f"{name} must be a finite number from 0 to {at_most}: got {name}={value!r}. "
+            "Use for example 1e-4 for a coefficient, 0.5 for a ratio."
+        )

@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec
 
-from tpmlp.batch import Batch, batch_shardings, check_features, place_batch
+from tpmlp.batch import Batch, batch_shardings, check_features, fill, place_batch
 from tpmlp.checks import check_finite
 from tpmlp.kernels import backprop
 from tpmlp.kernels import objective as kernel
@@ -103,7 +103,8 @@ class Objective:
             if self.loss.targets == "values":
                 y = y.astype(dtype).T
             elif self.loss.targets == "labels":
-                y = y.astype(jnp.int32)
+                # The widest integer: in a narrower one a label could come round to another class.
+                y = y.astype(jax.dtypes.canonicalize_dtype(jnp.int64))
             return body(layers, x.astype(dtype).T, y, weight.astype(dtype))
 
         batch_specs = Batch(*(s and s.spec for s in batch_shardings(self.placement, self.loss)))
@@ -293,8 +294,7 @@ def _apply(model: MLP, chain: Chain) -> Callable[[Params, jax.Array], jax.Array]
 
     def run(params: Params, x: jax.Array) -> jax.Array:
         rows = padded(x.shape[0], placement.sizes["data"])
-        fill = ((0, rows - x.shape[0]), (0, placement.padded_widths[0] - x.shape[1]))
-        x_whole = jnp.pad(x.astype(params[0][0].dtype), fill)
+        x_whole = fill(x.astype(params[0][0].dtype), (rows, placement.padded_widths[0]), jnp)
         return outputs(params, x_whole)[: x.shape[0], : placement.widths[-1]]
 
     return jax.jit(run)

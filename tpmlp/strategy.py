@@ -29,9 +29,8 @@ class Strategy:
     layout: str | tuple[str, ...] = "auto"
 
     def __post_init__(self) -> None:
-        layout = self.layout
-        if isinstance(layout, list):
-            object.__setattr__(self, "layout", tuple(layout))
+        layout = tuple(self.layout) if isinstance(self.layout, list) else self.layout
+        object.__setattr__(self, "layout", layout)
         known = layout in LAYOUTS if isinstance(layout, str) else _is_words(layout)
         if not known:
             raise ValueError(
@@ -41,4 +40,4 @@ class Strategy:
 
 
 def _is_words(layout: object) -> bool:
-    return isinstance(layout, tuple | list) and len(layout) > 0 and set(layout) <= set(WORDS)
+    return isinstance(layout, tuple) and len(layout) > 0 and all(w in WORDS for w in layout)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -125,7 +126,7 @@ def trace(
     )
     check_params(model, params, objective.placement)
     batch = place_batch(objective.placement, objective.loss, Batch(x, y, weight))
-    rows = jax.jit(_traced(objective))(params, batch)
+    rows = _traced(objective)(params, batch)
     return Trace(
         h=dict(enumerate([batch.x, *rows.h], 1)),
         z=dict(enumerate(rows.z, 1)),
@@ -138,6 +139,7 @@ def trace(
     )
 
 
+@cache
 def _traced(objective: Objective) -> Any:
     chain = objective.chain
 
@@ -156,4 +158,4 @@ def _traced(objective: Objective) -> Any:
     layers = range(1, objective.model.num_layers + 1)
     z = [objective.placement.spec("B/d O/g/s", l) for l in layers]
     specs = _Rows(z[:-1], z, z[:-1], z, objective.param_specs, PartitionSpec())
-    return objective.map(body, specs)
+    return jax.jit(objective.map(body, specs))

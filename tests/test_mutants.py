@@ -1,0 +1,167 @@
+"""The suite kills every fault that this kind of program is known to have, and says by which test.
+
+Each mutant is one edit of the package; its killer is a test of the suite that passes without it
+(the suite runs that too) and must fail with it. A surviving mutant means that the numbers could be
+wrong in that way and nobody would notice.
+"""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault.
+
+    Attributes:
+        file: in tpmlp/.
+        old: text that occurs there once.
+        new: what replaces it.
+        killer: the test that must fail.
+    """
+
+    file: str
+    old: str
+    new: str
+    killer: str
+
+
+RECURSION = "tests/kernels/test_backprop.py::test_float64_tensor_equals_the_reference_and_is_zero_where_padded"
+INTEGERS = "tests/kernels/test_backprop.py::test_integer_tensor_equals_the_reference_bit_for_bit"
+VOLUMES = "tests/kernels/test_cost.py::test_a_step_moves_what_the_docstrings_say"
+
+MUTANTS = {
+    "a dropped reduction over data": Mutant(
+        "kernels/dense.py",
+        '    dW = all_reduce("O/g I/s +d -> O/g I/s", dW, **axes)\n',
+        "",
+        f"{RECURSION}[2x1x2-column-dW_1]",
+    ),
+    "a dropped sum in dh": Mutant(
+        "kernels/dense.py",
+        'dh = reduce_scatter("I/s B/d +g -> I/s/g B/d", dh, **axes)',
+        "dh = dh[: h.shape[0] // 2]",
+        f"{RECURSION}[1x2x1-column-g_1]",
+    ),
+    "a doubled reduction": Mutant(
+        "collectives.py",
+        "return lax.psum(x, names) if names else x",
+        "return lax.psum(lax.pcast(lax.psum(x, names), names, to='varying'), names)"
+        " if names else x",
+        # Doubled weights of a mean halve g and hide it: the killer has a loss that is a sum.
+        f"{INTEGERS}[2x1x1-column-dW_1]",
+    ),
+    "a bias added on every device": Mutant(
+        "kernels/dense.py",
+        "z + b[:, None]",
+        'z + b[:, None] * jax.lax.axis_size(axes["s"])',
+        f"{RECURSION}[1x2x1-row-z_1]",
+    ),
+    "a wrong scatter dim": Mutant(
+        "collectives.py",
+        "scatter_dimension=dim, tiled=True) if names else x",
+        "scatter_dimension=1 - dim, tiled=True).reshape("
+        "x.shape[0] // size, x.shape[1]) if names else x",
+        f"{RECURSION}[1x2x1-row-z_1]",
+    ),
+    "a stale sigma'": Mutant(
+        "kernels/backprop.py",
+        "g = dh * sigma_prime(kept, l - 1, chain)",
+        "g = dh * sigma_prime(h, l - 1, chain)",
+        f"{RECURSION}[1x1x1-column-g_1]",
+    ),
+    "padded columns leaking": Mutant(
+        "activations.py",
+        'name="sigmoid", sigma=jax.nn.sigmoid, sigma_prime=sigmoid_prime, fixes_zero=False',
+        'name="sigmoid", sigma=jax.nn.sigmoid, sigma_prime=sigmoid_prime, fixes_zero=True',
+        f"{RECURSION}[1x8x1-column-dW_2]",
+    ),
+    "a transposed W": Mutant(
+        "kernels/dense.py",
+        'dh = einsum("O/g I/s, O/g B/d -> I/s B/d +g", W, g, **axes)',
+        'dh = einsum("O/g I/s, O/g B/d -> I/s B/d +g", '
+        "W.T if W.shape[0] == W.shape[1] else W, g, **axes)",
+        "tests/kernels/test_backprop.py::test_square_layers_equal_the_reference[1x1x1-column-g_1]",
+    ),
+    "a mean over the padded batch": Mutant(
+        "kernels/objective.py",
+        'all_reduce("K +d -> K", jnp.stack(local), **axes)\n',
+        'all_reduce("K +d -> K", jnp.stack(local), **axes)\n'
+        '    total = total * 0 + weight.shape[0] * jax.lax.axis_size(axes["d"])\n',
+        f"{RECURSION}[4x2x1-column-loss]",
+    ),
+    "a softmax over padded logits": Mutant(
+        "losses.py",
+        "        a, num_outputs = self.label_smoothing, head.num_outputs\n",
+        "        a, num_outputs = self.label_smoothing, 16\n",
+        f"{RECURSION}[1x8x1-column-loss]",
+    ),
+    "smoothing over padded logits": Mutant(
+        "losses.py",
+        "target = jnp.where(onehot, 1 - a, 0) + a / num_outputs",
+        "target = jnp.where(onehot, 1 - a, 0) + a / 16",
+        "tests/test_losses.py::test_smoothing_spreads_over_logical_classes_only",
+    ),
+    "R's gradient once a data shard": Mutant(
+        "kernels/objective.py",
+        "return dw + penalty.gradient(w)",
+        'return dw + penalty.gradient(w) * jax.lax.axis_size("data")',
+        "tests/test_regularizers.py::"
+        "test_tensor_with_a_regularizer_is_that_of_the_data_plus_r_once[l2-2x2x2-dW_1]",
+    ),
+    "weights left out of g": Mutant(
+        "kernels/objective.py",
+        'weight / scalars.weight if loss.reduction == "mean" else weight',
+        "1 / scalars.weight * jnp.ones_like(weight)",
+        "tests/test_losses.py::test_weights_equal_repeating_the_samples",
+    ),
+    "weights drawn at padded shapes": Mutant(
+        "model.py",
+        "jax.random.fold_in(key, l), (d_out, d_in), dtype)",
+        "jax.random.fold_in(key, l), padded_widths[l - 1 : l + 1][::-1], dtype)[:d_out, :d_in]",
+        "tests/test_model.py::test_init_draws_the_same_bits_on_every_mesh[1x5x1-row-column]",
+    ),
+    "a second gather merged with the first": Mutant(
+        "kernels/backprop.py",
+        "return jnp.where(poisoned, jnp.nan, kept)",
+        "return kept",
+        f"{VOLUMES}[1x8x1-column]",
+    ),
+    "blocks gathered from the wrong axis": Mutant(
+        "placement.py",
+        '"column": {"g": main, "s": other, "d": "data"},',
+        '"column": {"g": other, "s": main, "d": "data"},',
+        "tests/test_placement.py::test_a_word_binds_the_roles_of_its_layer[sizes0-column-roles0]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_killed(name, tmp_path):
+    mutant = MUTANTS[name]
+    for folder in ("tpmlp", "tests"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
+    for file in ("conftest.py", "pyproject.toml"):
+        shutil.copy(ROOT / file, tmp_path)
+    source = tmp_path / "tpmlp" / mutant.file
+    text = source.read_text()
+    assert text.count(mutant.old) == 1
+    source.write_text(text.replace(mutant.old, mutant.new))
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", mutant.killer],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # 1 is "some tests failed"; a test that does not exist is 4, one that passes 0.
+    assert run.returncode == 1, run.stdout
+    assert f"FAILED {mutant.killer}" in run.stdout
