@@ -33,8 +33,9 @@ class Mutant:
     killer: str
 
 
-RECURSION = "tests/kernels/test_backprop.py::test_float64_tensor_equals_the_reference_and_is_zero_where_padded"
-INTEGERS = "tests/kernels/test_backprop.py::test_integer_tensor_equals_the_reference_bit_for_bit"
+BACKPROP = "tests/kernels/test_backprop.py"
+RECURSION = f"{BACKPROP}::test_float64_tensor_equals_the_reference_and_is_zero_where_padded"
+INTEGERS = f"{BACKPROP}::test_integer_tensor_equals_the_reference_bit_for_bit"
 VOLUMES = "tests/kernels/test_cost.py::test_a_step_moves_what_the_docstrings_say"
 
 MUTANTS = {
@@ -88,7 +89,7 @@ MUTANTS = {
         'dh = einsum("O/g I/s, O/g B/d -> I/s B/d +g", W, g, **axes)',
         'dh = einsum("O/g I/s, O/g B/d -> I/s B/d +g", '
         "W.T if W.shape[0] == W.shape[1] else W, g, **axes)",
-        "tests/kernels/test_backprop.py::test_square_layers_equal_the_reference[1x1x1-column-g_1]",
+        f"{BACKPROP}::test_square_layers_equal_the_reference[1x1x1-column-g_1]",
     ),
     "a mean over the padded batch": Mutant(
         "kernels/objective.py",

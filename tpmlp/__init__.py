@@ -10,17 +10,27 @@ from tpmlp.model import MLP, from_numpy, reshard, to_numpy
 from tpmlp.regularizers import elastic_net, l1, l2
 from tpmlp.step import apply, value_and_grad
 from tpmlp.strategy import Strategy
+from tpmlp.train.callbacks import EarlyStopping, JSONLines
+from tpmlp.train.inference import Evaluation, evaluate, predict
+from tpmlp.train.loop import fit
+from tpmlp.train.run import FitResult
 
 __all__ = [
     "MLP",
     "Audit",
     "Batch",
+    "EarlyStopping",
+    "Evaluation",
+    "FitResult",
+    "JSONLines",
     "Loss",
     "Strategy",
     "apply",
     "audit",
     "cross_entropy",
     "elastic_net",
+    "evaluate",
+    "fit",
     "from_numpy",
     "l1",
     "l2",
@@ -28,6 +38,7 @@ __all__ = [
     "make_mesh",
     "mse",
     "output",
+    "predict",
     "reshard",
     "shard_batch",
     "simulate_devices",

@@ -1,0 +1,1 @@
+"""Training: fit, predict and evaluate, and what they are made of."""

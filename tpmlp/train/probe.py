@@ -1,0 +1,283 @@
+"""Which optimisers fit can run, found by trying them.
+
+On a mesh where no width is padded, every optax transformation gives what it gives on one device.
+Padding changes those that look at an array's shape: a mean over its entries, a scale from its
+sides, noise drawn in its shape, a rule for large arrays. Names would be a poor guide, since
+users write their own; so the transformation itself is run on small arrays, once plain and once
+padded, and the updates are compared. What differs is taken apart to say which part it is.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tpmlp.extras import require
+from tpmlp.model import MLP
+from tpmlp.placement import Placement
+from tpmlp.train.optimizer import MaskedOptimizer, ShardedOptimizer, masked_optimizer
+
+# Widths up to this one are probed as they are. Larger ones are replaced by others above it, 16
+# apart and in the same order, so that a matrix that was tall stays tall.
+LARGEST_EXACT_WIDTH = 128
+WIDTH_STEP = 16
+
+# Gradients of many sizes, so that a clip or a floor acts in some step whatever its threshold.
+GRADIENT_EXPONENTS = (0, 3, -3, 1, 6, -1, -6, 0)
+
+# Relative, in the 2-norm of one array's update. One padding row changes a mean over at most 400
+# of them by 2e-3, its root by 1e-3, and the ratio of two sides, where each gets one, by 1e-4.
+# Norms are summed in another order when zeros stand between the numbers; in float64 that is
+# 1e-14, and leaves room for optimisers that subtract almost equal numbers.
+TOLERANCE = 2e-5
+
+# The probe runs a few small steps: compiling well would take longer than it saves.
+QUICKLY = {"xla_backend_optimization_level": 0}
+
+# What a transformation raises when it is not given what it needs, or not by itself.
+REFUSALS = (TypeError, ValueError, AttributeError, KeyError, IndexError)
+
+# Transformations that users know by the name of the optimiser they are in.
+KNOWN_IN = {
+    "scale_by_factored_rms": "adafactor",
+    "scale_by_muon": "contrib.muon",
+    "scale_by_shape": "contrib.muon",
+}
+
+
+def make_optimizer(
+    optimizer: Any, *, model: MLP, placement: Placement, dtype: Any
+) -> ShardedOptimizer:
+    """Return the optimiser for a model on a mesh, or refuse it.
+
+    Args:
+        optimizer: an optax.GradientTransformation.
+        model: the model.
+        placement: where its parameters are.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: it is no transformation; it needs what fit cannot give; or padding would
+            change what it does. Names the transformations at fault.
+    """
+    optax = require("optax", extra="train", user="tpmlp.fit")
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise ValueError(
+            "optimizer must be an optax.GradientTransformation: got "
+            f"{type(optimizer).__name__}. Use for example optax.adam(1e-3), called; of "
+            "optax.MultiSteps its gradient_transformation()."
+        )
+    widths = (placement.widths, placement.padded_widths)
+    setting = _Setting(*widths, bias=model.bias, dtype=jnp.dtype(dtype))
+    _check_arguments(optimizer, setting)
+    if placement.is_padded:
+        with jax.default_device(placement.mesh.local_devices[0]), jax.enable_x64(True):
+            _check_padding(optimizer, setting, placement)
+    return ShardedOptimizer(model, placement, setting.optimizer(optimizer))
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """Widths of a chain of layers, logical and padded, and what its parameters are."""
+
+    widths: tuple[int, ...]
+    padded_widths: tuple[int, ...]
+    bias: bool
+    dtype: Any
+
+    def optimizer(self, tx: Any) -> MaskedOptimizer:
+        """Return tx for these parameters."""
+        return masked_optimizer(
+            tx,
+            widths=self.widths,
+            padded_widths=self.padded_widths,
+            bias=self.bias,
+            dtype=self.dtype,
+        )
+
+    def plain(self) -> "_Setting":
+        """Return the setting without padding."""
+        return _Setting(self.widths, self.widths, self.bias, self.dtype)
+
+    def small(self) -> "_Setting":
+        """Return the setting with large widths made smaller, and the same padding."""
+        large = sorted({width for width in self.widths if width > LARGEST_EXACT_WIDTH})
+        smaller = {w: LARGEST_EXACT_WIDTH + WIDTH_STEP * i for i, w in enumerate(large, 1)}
+        widths = tuple(smaller.get(width, width) for width in self.widths)
+        padding = np.subtract(self.padded_widths, self.widths)
+        padded_widths = tuple(int(n) for n in np.add(widths, padding))
+        return _Setting(widths, padded_widths, self.bias, jnp.dtype("float64"))
+
+
+def _check_arguments(tx: Any, setting: _Setting) -> None:
+    try:
+        _run_abstractly(tx, setting)
+    except REFUSALS as error:
+        names = culprits(tx, lambda member: _is_refused(member, setting))
+        raise ValueError(
+            "optimizer must need no more than gradients, parameters and value=, the objective: "
+            f"got {', '.join(names)}, which says: {str(error).splitlines()[0]} Use for example "
+            "optax.adam(1e-3)."
+        ) from error
+
+
+def _is_refused(tx: Any, setting: _Setting) -> bool:
+    try:
+        _run_abstractly(tx, setting)
+    except REFUSALS:
+        return True
+    return False
+
+
+def _run_abstractly(tx: Any, setting: _Setting) -> None:
+    optimizer = setting.optimizer(tx)
+    params = optimizer.padded
+    state = jax.eval_shape(optimizer.init, params)
+    value = jax.ShapeDtypeStruct((), setting.dtype)
+    jax.eval_shape(optimizer.update, params, state, params, value)
+
+
+def _check_padding(tx: Any, setting: _Setting, placement: Placement) -> None:
+    if _is_reproduced(tx, setting):
+        return
+    names = culprits(tx, lambda member: _differs(member, setting))
+    shape = dict(placement.mesh.shape)
+    raise ValueError(
+        "optimizer must not depend on the shapes of arrays where widths are padded: got "
+        f"{', '.join(names)}, widths={placement.widths} padded to {placement.padded_widths} on "
+        f"the mesh {shape}. Use an elementwise optimizer such as optax.adam(1e-3), or widths that "
+        f"x*y={placement.num_blocks} divides."
+    )
+
+
+def _differs(member: Any, setting: _Setting) -> bool:
+    """Whether a part of a transformation, by itself, is changed by padding."""
+    return not _is_refused(member, setting) and not _is_reproduced(member, setting)
+
+
+def _is_reproduced(tx: Any, setting: _Setting) -> bool:
+    """Whether padding changes nothing; what never acts is judged by its parts."""
+    small = setting.small()
+    settings = (setting, setting.plain(), small, small.plain())
+    if len({_form(tx, s) for s in settings}) > 1:
+        return False
+    silent = False
+    for plain, padded in zip(_updates(tx, small.plain()), _updates(tx, small), strict=True):
+        if not _agree(plain, padded):
+            return False
+        silent = silent or not plain.any()
+    return not silent or all(not _differs(member, setting) for member in members(tx))
+
+
+def _form(tx: Any, setting: _Setting) -> Any:
+    """Return the structure of the state and the ranks of its arrays."""
+    optimizer = setting.optimizer(tx)
+    leaves, structure = jax.tree.flatten(jax.eval_shape(optimizer.init, optimizer.padded))
+    return structure, tuple(leaf.ndim for leaf in leaves)
+
+
+def _updates(tx: Any, setting: _Setting) -> list[np.ndarray]:
+    """Return the updates of every parameter at logical widths, steps along the first dim."""
+    optimizer = setting.optimizer(tx)
+    rng = np.random.default_rng(0)
+
+    def draw() -> Any:
+        return jax.tree.map(
+            lambda whole, part: _fill(rng.normal(size=part.shape), whole),
+            optimizer.padded,
+            optimizer.logical,
+        )
+
+    init, update = (
+        jax.jit(method, compiler_options=QUICKLY) for method in (optimizer.init, optimizer.update)
+    )
+    params, value, steps = draw(), np.ones((), setting.dtype), []
+    state = init(params)
+    for exponent in GRADIENT_EXPONENTS:
+        grads = jax.tree.map(lambda g, e=exponent: g * g.dtype.type(10.0**e), draw())
+        updates, state = update(grads, state, params, value)
+        params = jax.tree.map(np.add, params, jax.device_get(updates))
+        steps.append(jax.device_get(updates))
+    cut = [tuple(map(slice, leaf.shape)) for leaf in jax.tree.leaves(optimizer.logical)]
+    by_param = zip(*map(jax.tree.leaves, steps), strict=True)
+    return [
+        np.stack([u[part] for u in updates]) for updates, part in zip(by_param, cut, strict=True)
+    ]
+
+
+def _fill(numbers: np.ndarray, whole: jax.ShapeDtypeStruct) -> np.ndarray:
+    padding = [(0, n - m) for m, n in zip(numbers.shape, whole.shape, strict=True)]
+    return np.pad(numbers, padding).astype(whole.dtype)
+
+
+def _agree(plain: np.ndarray, padded: np.ndarray) -> bool:
+    """Whether the updates of one parameter are equal in every step, up to rounding."""
+    finite = np.isfinite(plain)
+    if not np.array_equal(finite, np.isfinite(padded)):
+        return False
+    wanted, got = (np.where(finite, u, 0).astype(np.float64) for u in (plain, padded))
+    steps = (-1, plain[0].size)
+    error = np.linalg.norm((got - wanted).reshape(steps), axis=1)
+    return bool((error <= TOLERANCE * np.linalg.norm(wanted.reshape(steps), axis=1)).all())
+
+
+def culprits(tx: Any, fails: Callable[[Any], bool]) -> list[str]:
+    """Return the names of the innermost parts of a transformation that fail by themselves.
+
+    Examples:
+        >>> import optax
+        >>> tx = optax.chain(optax.centralize(), optax.adam(1e-3))
+        >>> culprits(tx, lambda member: "centralize" in describe(member))
+        ['centralize']
+    """
+    inside = [name for m in members(tx) if fails(m) for name in culprits(m, fails)]
+    return list(dict.fromkeys(inside)) or [describe(tx)]
+
+
+def describe(tx: Any) -> str:
+    """Name a transformation: by the function that made it, and by its parts if it is a chain."""
+    inside = list(dict.fromkeys(describe(member) for member in members(tx)))
+    name = getattr(tx.update, "__qualname__", type(tx.update).__name__).split(".")[0]
+    if name == "with_extra_args_support" and inside:
+        return inside[0]
+    if inside:
+        return f"{name}({', '.join(inside)})"
+    return f"{name} (in optax.{KNOWN_IN[name]})" if name in KNOWN_IN else name
+
+
+def members(tx: Any) -> list[Any]:
+    """Return the transformations that a transformation was made of.
+
+    optax hides them in the closures of init and update: as transformations, or, in a chain, as
+    a tuple of init functions and one of update functions.
+    """
+    optax = require("optax", extra="train", user="tpmlp.fit")
+
+    def is_transformation(value: Any) -> bool:
+        return isinstance(value, optax.GradientTransformation)
+
+    held = [list(_held(tx.init)), list(_held(tx.update))]
+    found = jax.tree.leaves(held, is_leaf=is_transformation)
+    pairs = [v for v in found if is_transformation(v)]
+    for inits in filter(_is_functions, held[0]):
+        for updates in filter(_is_functions, held[1]):
+            if len(inits) == len(updates):
+                pairs += map(optax.GradientTransformationExtraArgs, inits, updates)
+    return list({id(pair.update): pair for pair in pairs}.values())
+
+
+def _is_functions(value: Any) -> bool:
+    return type(value) is tuple and len(value) > 0 and all(map(callable, value))
+
+
+def _held(function: Any) -> Iterator[Any]:
+    """Yield what a function closes over, and the attributes of the object it is bound to."""
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # a variable that was never set
+            continue
+    yield from getattr(getattr(function, "__self__", None), "__dict__", {}).values()
