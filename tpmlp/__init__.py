@@ -6,7 +6,8 @@ from tpmlp.inspection.trace import trace
 from tpmlp.inspection.verify import verify
 from tpmlp.losses import Loss, cross_entropy, logistic, mse, output
 from tpmlp.mesh import make_mesh, simulate_devices
-from tpmlp.model import MLP, from_numpy, reshard, to_numpy
+from tpmlp.model import MLP
+from tpmlp.parameters import from_numpy, reshard, to_numpy
 from tpmlp.regularizers import elastic_net, l1, l2
 from tpmlp.step import apply, value_and_grad
 from tpmlp.strategy import Strategy

@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 
-from tpmlp.checks import as_array, check_finite, check_length
+from tpmlp.checks import as_array, check_finite, check_length, check_weight
 from tpmlp.layout import padded
 from tpmlp.losses import Cotangent, CrossEntropy, Loss, Output, get_loss
 from tpmlp.placement import Placement, place
@@ -144,13 +144,7 @@ def _check_values(placement: Placement, loss: Loss, batch: Batch) -> None:
     check_finite("x", batch.x)
     if batch.y is not None:
         loss.check_target_values(batch.y, placement.widths[-1])
-    check_finite("weight", batch.weight)
-    if (batch.weight < 0).any() or not (batch.weight > 0).any():
-        row = int(np.argmin(batch.weight))
-        raise ValueError(
-            f"weight must be at least 0 and not all 0: got weight={batch.weight[row]} in row "
-            f"{row}. Leave weight out to count every sample once."
-        )
+    check_weight(batch.weight)
 
 
 def _pad(placement: Placement, loss: Loss, batch: Batch, library: ModuleType) -> Batch:

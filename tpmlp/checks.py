@@ -85,3 +85,14 @@ def check_range(name: str, labels: np.ndarray, low: int, high: int) -> None:
             f"{name} must be in {low} .. {high}: got {labels[wrong[0]]} in row {wrong[0]} "
             f"({wrong.size} such rows). Map the labels, or give the model more outputs."
         )
+
+
+def check_weight(weight: np.ndarray) -> None:
+    """Refuse sample weights that are negative, not finite, or all 0."""
+    check_finite("weight", weight)
+    row = int(np.argmin(weight))
+    if weight[row] < 0 or not weight.any():
+        raise ValueError(
+            f"weight must be at least 0 and not all 0: got weight={weight[row]} in row {row}. "
+            "Leave weight out to count every sample once."
+        )

@@ -8,7 +8,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import jax
@@ -125,7 +124,7 @@ def get_regularizer(regularizer: object) -> Regularizer | None:
 
 
 def _check_number(name: str, value: Any, *, at_most: float = math.inf) -> None:
-    if not isinstance(value, Real) or not (0 <= value <= at_most and math.isfinite(value)):
+    if not isinstance(value, int | float) or not (0 <= value <= at_most and math.isfinite(value)):
         raise ValueError(
             f"{name} must be a finite number from 0 to {at_most}: got {name}={value!r}. "
             "Use for example 1e-4 for a coefficient, 0.5 for a ratio."

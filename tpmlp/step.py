@@ -22,7 +22,8 @@ from tpmlp.kernels import objective as kernel
 from tpmlp.kernels.backprop import Chain
 from tpmlp.layout import padded
 from tpmlp.losses import Cotangent, Loss, get_loss
-from tpmlp.model import MLP, Params, chain_of, check_params, logical_layers, param_shardings
+from tpmlp.model import MLP, Params, chain_of, param_shardings
+from tpmlp.parameters import check_params, logical_layers
 from tpmlp.placement import Placement
 from tpmlp.regularizers import ElementwisePenalty, Regularizer, UserPenalty, get_regularizer
 from tpmlp.strategy import Strategy

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 
 import tpmlp
+from tests.cases import mesh_of, name_of
 from tpmlp.inspection.draw import draw_layers
 from tpmlp.placement import place
 
 WIDTHS = (17, 12, 10)
 
 
-def test_parts_have_the_shapes_of_the_shards(mesh):
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 3, 1), (1, 1, 7), (2, 2, 2)], ids=name_of)
+def test_parts_have_the_shapes_of_the_shards(sizes):
+    mesh = mesh_of(sizes)
     model = tpmlp.MLP(WIDTHS)
     params = model.init(jax.random.key(0), mesh)
     x, y = np.ones((30, 17), np.float32), np.zeros(30, int)

@@ -11,7 +11,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from tpmlp.batch import Batch, place_batch
 from tpmlp.kernels import backprop
-from tpmlp.model import MLP, Params, check_params
+from tpmlp.model import MLP, Params
+from tpmlp.parameters import check_params
 from tpmlp.step import Objective, make_objective
 from tpmlp.strategy import Strategy
 

@@ -20,7 +20,8 @@ from tpmlp import reference
 from tpmlp.inspection.bounds import operations
 from tpmlp.inspection.trace import Name, Trace, trace
 from tpmlp.losses import Loss, get_loss
-from tpmlp.model import MLP, chain_of, from_numpy, to_numpy
+from tpmlp.model import MLP, chain_of
+from tpmlp.parameters import from_numpy, to_numpy
 from tpmlp.strategy import Strategy
 
 Kind = Literal["float64", "integers", "float32"]

@@ -3,7 +3,7 @@
 The order of an epoch is a pure function of (seed, epoch): it depends on no mesh and on no step
 before, so a run can start anywhere and be the same run. All checks happen once, when samples are
 read; a step only picks rows. Every batch has the same shape: where rows run out, it is filled up
-with a row of zeros that has weight 0 and is kept after the last sample.
+with a copy of the last sample that has weight 0 and is kept after it.
 """
 
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tpmlp.batch import Batch, batch_shardings, check_shapes
-from tpmlp.checks import check_finite
+from tpmlp.batch import Batch, batch_shardings, check_shapes, fill
+from tpmlp.checks import check_finite, check_weight
 from tpmlp.layout import padded
 from tpmlp.losses import Loss
 from tpmlp.placement import Placement
@@ -99,7 +99,7 @@ class Samples:
     Attributes:
         placement: where batches go.
         loss: what y means.
-        host: NumPy arrays with padded features, and one row of zeros after the last sample.
+        host: NumPy arrays with padded features; after the last sample its copy of weight 0.
     """
 
     placement: Placement
@@ -108,7 +108,7 @@ class Samples:
 
     @property
     def num_samples(self) -> int:
-        """Samples there are, the row of zeros not counted."""
+        """Samples there are, the copy not counted."""
         return len(self.host.x) - 1
 
     @cached_property
@@ -159,11 +159,15 @@ def read_samples(name: str, data: Any, *, placement: Placement, loss: Loss, dtyp
     kept = batch.weight > 0
     if not kept.all():
         batch = Batch(*(a if a is None else a[kept] for a in batch))
-    d_in, d_out = placement.padded_widths[0], placement.padded_widths[-1]
-    y_width = d_out if loss.targets == "values" else None
-    widths = Batch(d_in, y_width, None)
-    host = (a if a is None else _room(a, w) for a, w in zip(batch, widths, strict=True))
-    return Samples(placement, loss, Batch(*host))
+    rows, (d_in, d_out) = len(batch.x) + 1, (placement.padded_widths[i] for i in (0, -1))
+    x, y, weight = batch
+    if y is not None:
+        y = fill(y, (rows, *((d_out,) if loss.targets == "values" else y.shape[1:])), np)
+    return Samples(
+        placement,
+        loss,
+        Batch(fill(x, (rows, d_in), np), y, np.append(weight, weight.dtype.type(0))),
+    )
 
 
 def _checked(data: Any, placement: Placement, loss: Loss, dtype: np.dtype) -> Batch:
@@ -180,7 +184,7 @@ def _checked(data: Any, placement: Placement, loss: Loss, dtype: np.dtype) -> Ba
         x, weight = batch.x.astype(dtype), batch.weight.astype(dtype)
         y = _checked_targets(batch.y, placement, loss, dtype)
     check_finite("x", x)
-    _check_weight(weight)
+    check_weight(weight)
     return Batch(x, y, weight)
 
 
@@ -194,21 +198,3 @@ def _checked_targets(y: Any, placement: Placement, loss: Loss, dtype: np.dtype) 
     if values:
         check_finite("y", y)
     return y
-
-
-def _check_weight(weight: np.ndarray) -> None:
-    check_finite("weight", weight)
-    row = int(np.argmin(weight))
-    if weight[row] < 0 or not weight.any():
-        raise ValueError(
-            f"weight must be at least 0 and not all 0: got weight={weight[row]} in row {row}. "
-            "Leave weight out to count every sample once."
-        )
-
-
-def _room(array: np.ndarray, width: int | None) -> np.ndarray:
-    """Return the rows with features filled up to width, and one row of zeros after them."""
-    tail = array.shape[1:] if width is None else (width,)
-    room = np.zeros((len(array) + 1, *tail), array.dtype)
-    room[(slice(len(array)), *map(slice, array.shape[1:]))] = array
-    return room

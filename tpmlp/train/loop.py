@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tpmlp.model import MLP, Params, check_params
+from tpmlp.model import MLP, Params
+from tpmlp.parameters import check_params
 from tpmlp.step import make_objective
 from tpmlp.strategy import Strategy
 from tpmlp.train.batches import Plan, Samples, read_samples

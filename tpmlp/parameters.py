@@ -1,0 +1,220 @@
+"""Parameters: logical arrays in and out, from mesh to mesh, and what is refused.
+
+Parameters are a tuple of layers (W_l, b_l), l at index l - 1: JAX arrays split over the mesh and
+padded with zeros to widths that the mesh divides. Gradients have the same structure.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding
+
+from tpmlp.layout import padded
+from tpmlp.model import MLP, Params, param_shardings
+from tpmlp.placement import Placement, place
+from tpmlp.strategy import Strategy
+
+Arrays = list[tuple[np.ndarray, np.ndarray | None]]
+
+
+def to_numpy(model: MLP, params: Params) -> Arrays:
+    """Return parameters, or gradients, at logical widths.
+
+    Args:
+        model: the model.
+        params: padded arrays in the structure of the parameters, on any mesh.
+
+    Returns:
+        A list of (W_l [d_l, d_{l-1}], b_l [d_l] or None).
+
+    Raises:
+        ValueError: parameters of another model, or arrays that no mesh has.
+    """
+    _check_padded(model, params)
+    return [
+        (np.asarray(W)[:d_out, :d_in], None if b is None else np.asarray(b)[:d_out])
+        for (W, b), (d_out, d_in) in zip(params, model.layer_shapes, strict=True)
+    ]
+
+
+def from_numpy(
+    model: MLP, arrays: Sequence[Any], mesh: Mesh, *, strategy: Strategy | None = None
+) -> Params:
+    """Pad arrays of logical widths and place them.
+
+    Args:
+        model: the model.
+        arrays: a list of (W_l [d_l, d_{l-1}], b_l [d_l] or None), as `to_numpy` gives.
+        mesh: the mesh.
+        strategy: Strategy() by default.
+
+    Raises:
+        ValueError: another number of layers, another shape, a dtype that is not floating.
+    """
+    check_structure(model, arrays)
+    placement = place(model.widths, mesh, strategy)
+
+    def put(name: str, array: Any, shape: tuple[int, ...], whole: Any, sharding: Any) -> Any:
+        array = np.asarray(array)
+        if array.shape != shape or not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} must be floating point of shape {shape}: got shape {array.shape}, dtype "
+                f"{array.dtype}. W_l is [d_l, d_l-1], b_l is [d_l]."
+            )
+        fill = [(0, n - m) for m, n in zip(shape, whole, strict=True)]
+        return jax.device_put(np.pad(array, fill), sharding)
+
+    layers = []
+    for l, ((W, b), logical) in enumerate(zip(arrays, model.layer_shapes, strict=True), 1):
+        W_whole, b_whole = placement.layer_shapes(l)
+        W = put(f"W_{l}", W, logical, W_whole, placement.sharding("O/g I/s", l))
+        if b is not None:
+            b = put(f"b_{l}", b, logical[:1], b_whole, placement.sharding("O/g/s", l))
+        layers.append((W, b))
+    return tuple(layers)
+
+
+def reshard(model: MLP, params: Params, mesh: Mesh, *, strategy: Strategy | None = None) -> Params:
+    """Move parameters, or gradients, to another mesh or layout.
+
+    Blocks go from device to device; where the padding differs they pass through a width that
+    both meshes divide, so that no device and no host ever holds the whole.
+
+    Args:
+        model: the model.
+        params: placed on any mesh, for any layout.
+        mesh: the mesh to go to.
+        strategy: the strategy to go to; Strategy() by default.
+
+    Raises:
+        ValueError: parameters of another model, or arrays that no mesh has.
+    """
+    _check_padded(model, params)
+    placement = place(model.widths, mesh, strategy)
+    target = param_shardings(model, placement)
+    moved = []
+    for l, (layer, shardings) in enumerate(zip(params, target, strict=True), 1):
+        logical = model.layer_shapes[l - 1]
+        shapes = placement.layer_shapes(l)
+        moved.append(
+            tuple(
+                None if array is None else _move(array, logical[: array.ndim], shape, sharding)
+                for array, shape, sharding in zip(layer, shapes, shardings, strict=True)
+            )
+        )
+    return tuple(moved)
+
+
+def logical_layers(model: MLP, params: Params) -> Params:
+    """Return traced or placed parameters without their padding."""
+    return tuple(
+        (W[:d_out, :d_in], None if b is None else b[:d_out])
+        for (W, b), (d_out, d_in) in zip(params, model.layer_shapes, strict=True)
+    )
+
+
+def check_structure(model: MLP, params: Any) -> None:
+    """Refuse what is not one (W, b) a layer, with biases where the model has them."""
+    pairs = isinstance(params, tuple | list) and all(
+        isinstance(layer, tuple | list) and len(layer) == 2 for layer in params
+    )
+    if not pairs or len(params) != model.num_layers:
+        got = f"{len(params)} layers" if pairs else type(params).__name__
+        raise ValueError(
+            f"params must be one (W, b) for each of num_layers={model.num_layers}: got {got}. "
+            "They belong to another model; make them with model.init or tpmlp.from_numpy."
+        )
+    for l, (_, b) in enumerate(params, 1):
+        if (b is None) == model.bias:
+            raise ValueError(
+                f"params of layer {l} must have b {'an array' if model.bias else 'None'} for "
+                f"bias={model.bias}: got b={'None' if b is None else 'an array'}. They belong to "
+                "another model."
+            )
+
+
+def _check_padded(model: MLP, params: Any) -> None:
+    """Refuse what is not a model's parameters, padded for the mesh that they are on."""
+    check_structure(model, params)
+    for l, (layer, logical) in enumerate(zip(params, model.layer_shapes, strict=True), 1):
+        for name, array in zip((f"W_{l}", f"b_{l}"), layer, strict=True):
+            if array is None:
+                continue
+            if not isinstance(array, jax.Array) or not isinstance(array.sharding, NamedSharding):
+                raise ValueError(
+                    f"{name} must be a JAX array placed on a mesh: got {type(array).__name__}. "
+                    "Place NumPy arrays with tpmlp.from_numpy."
+                )
+            sizes = array.sharding.mesh.shape
+            num_blocks = sizes.get("x", 1) * sizes.get("y", 1)
+            shape = tuple(padded(n, num_blocks) for n in logical[: array.ndim])
+            if array.shape != shape:
+                raise ValueError(
+                    f"{name} must have the padded shape {shape} on its mesh: got {array.shape}, "
+                    f"widths={model.widths}. These are the parameters of another model."
+                )
+
+
+def check_params(model: MLP, params: Any, placement: Placement) -> None:
+    """Refuse parameters of another model, mesh or layout; of traced ones, only the shapes.
+
+    Raises:
+        ValueError: names the layer, what it is and what it must be.
+    """
+    check_structure(model, params)
+    shardings = param_shardings(model, placement)
+    for l, (layer, wanted) in enumerate(zip(params, shardings, strict=True), 1):
+        for name, array, shape, sharding in zip(
+            (f"W_{l}", f"b_{l}"), layer, placement.layer_shapes(l), wanted, strict=True
+        ):
+            if array is not None:
+                _check_param(name, array, shape, sharding)
+
+
+def _check_param(name: str, array: Any, shape: tuple[int, ...], sharding: NamedSharding) -> None:
+    way_out = (
+        "Parameters for another mesh or layout are moved by tpmlp.reshard(model, params, mesh, "
+        "strategy=...); NumPy arrays are placed by tpmlp.from_numpy."
+    )
+    if not isinstance(array, jax.Array):
+        raise ValueError(f"{name} must be a JAX array: got {type(array).__name__}. {way_out}")
+    if array.shape != shape:
+        raise ValueError(
+            f"{name} must have the padded shape {shape} on this mesh: got {array.shape}. {way_out}"
+        )
+    traced = isinstance(array, Tracer)
+    if not traced and not array.sharding.is_equivalent_to(sharding, array.ndim):
+        raise ValueError(
+            f"{name} must be placed as {sharding.spec} on {dict(sharding.mesh.shape)}: got "
+            f"{array.sharding}. {way_out}"
+        )
+
+
+def _move(
+    array: jax.Array, logical: tuple[int, ...], shape: tuple[int, ...], sharding: NamedSharding
+) -> jax.Array:
+    if array.shape == shape:
+        return jax.device_put(array, sharding)
+    between = tuple(padded(n, np.lcm(_blocks(array.sharding), _blocks(sharding))) for n in logical)
+    array = _resize(array, logical, between, array.sharding)
+    return _resize(jax.device_put(array, sharding), logical, shape, sharding)
+
+
+def _blocks(sharding: Any) -> int:
+    return sharding.num_devices
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _resized(array: jax.Array, logical: Any, shape: Any, sharding: Any) -> jax.Array:
+    cut = array[tuple(slice(n) for n in logical)]
+    cut = jnp.pad(cut, [(0, n - m) for m, n in zip(logical, shape, strict=True)])
+    return jax.lax.with_sharding_constraint(cut, sharding)
+
+
+def _resize(array: jax.Array, logical: Any, shape: Any, sharding: Any) -> jax.Array:
+    return _resized(array, tuple(logical), tuple(shape), sharding)
