@@ -4,13 +4,19 @@
 5, 6 and 7 devices in it as well as powers of two, so that no width is divisible by luck.
 """
 
+import os
+
 import jax
 import pytest
 from jax.sharding import Mesh
 
 import tpmlp
 
-tpmlp.simulate_devices(8)
+# `make test-gpu` names its platforms; everything else runs on simulated CPU devices alone.
+if "JAX_PLATFORMS" in os.environ:
+    jax.config.update("jax_num_cpu_devices", 8)
+else:
+    tpmlp.simulate_devices(8)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -239,7 +239,7 @@ def narrow() -> Any:
 
 
 PARAMETERS: dict[str, Case] = {
-    "another model": (lambda: with_params(narrow()), ("W_1", "(8, 20)", "(8, 4)", "reshard")),
+    "another model": (lambda: with_params(narrow()), ("W_1", "(8, 20)", "another model")),
     "fewer layers": (lambda: with_params(PARAMS[:1]), ("num_layers=2", "1 layers", "init")),
     "another mesh": (
         lambda: with_params(PARAMS, mesh=mesh_of((1, 2, 2))),
@@ -255,7 +255,7 @@ PARAMETERS: dict[str, Case] = {
     ),
     "one device": (
         lambda: with_params(jax.tree.map(lambda a: jax.device_put(np.asarray(a)), PARAMS)),
-        ("W_1", "SingleDevice", "reshard"),
+        ("W_1", "SingleDevice", "from_numpy"),
     ),
     "NumPy arrays": (lambda: with_params(NUMBERS), ("W_1", "ndarray", "from_numpy")),
     "list of arrays": (
@@ -306,7 +306,30 @@ PARAMETERS: dict[str, Case] = {
     ),
     "no model": (
         lambda: api.value_and_grad((3, 8, 5), loss="mse", mesh=MESH),
-        ("model", "(3, 8, 5)", "MLP"),
+        ("model", "a tuple", "MLP"),
+    ),
+    "no key": (
+        lambda: MODEL.init(0, MESH),
+        ("key", "key=0", "jax.random.key(0)"),
+    ),
+    "integer parameters": (
+        lambda: MODEL.init(jax.random.key(0), MESH, dtype=np.int32),
+        ("dtype", "int32", "float32"),
+    ),
+    "whole batch in summary": (
+        lambda: MODEL.summary(MESH, batch_size=2.5),
+        ("batch_size", "2.5", "one step"),
+    ),
+    "unknown axis": (lambda: api.make_mesh(z=2), ("mesh axis", "z=2", "data")),
+    "stages": (
+        lambda: api.value_and_grad(MODEL, loss="mse", mesh=api.make_mesh(stage=2, x=4)),
+        ("stage", "stage=2", "x, y"),
+    ),
+    "integer regularizer": (
+        lambda: api.value_and_grad(
+            MODEL, loss="mse", mesh=MESH, regularizer=lambda layers: jnp.int32(1)
+        ).lower(PARAMS, np.ones((2, 3)), np.ones((2, 5))),
+        ("regularizer", "int32", "jnp.sum"),
     ),
     "regularizer": (
         lambda: api.value_and_grad(MODEL, loss="mse", mesh=MESH, regularizer=0.1),

@@ -7,6 +7,7 @@ other features than it thinks. A failure of what is taken without a check: a cop
 from functools import cache
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,6 +22,7 @@ from tests.cases import (
     strategy_of,
 )
 from tests.tolerances import FLOAT64
+from tpmlp.batch import fill
 from tpmlp.layout import padded
 
 PROBLEM = Problem(widths=(17, 12, 10))
@@ -130,3 +132,20 @@ def test_one_output_takes_targets_without_a_second_dim():
     mlp = tpmlp.MLP((17, 1))
     batch = tpmlp.shard_batch(mlp, X, np.arange(30), mesh=mesh_of((1, 2, 1)))
     assert batch.y.shape == (30, 2)
+
+
+@pytest.mark.parametrize("library", [np, jnp])
+def test_fill_copies_the_last_row_and_adds_features_of_zero(library):
+    filled = fill(library.asarray([[1.0, 2.0], [3.0, 4.0]]), (4, 3), library)
+    assert filled.tolist() == [[1, 2, 0], [3, 4, 0], [3, 4, 0], [3, 4, 0]]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, jnp.bfloat16])
+def test_targets_and_weights_keep_their_precision_whatever_x_has(dtype):
+    mesh, model = tpmlp.make_mesh(x=2), tpmlp.MLP((3, 1))
+    params = tpmlp.from_numpy(model, [(np.zeros((1, 3)), np.zeros(1))], mesh)
+    step = tpmlp.value_and_grad(model, loss="mse", mesh=mesh)
+    x, weight = np.ones((4, 3)).astype(dtype), np.array([1.0, 1e-8, 1e-8, 1e-8])
+    loss, _ = step(params, x, np.array([[0.1], [1e5], [1e5], [1e5]]), weight)
+    wanted = (0.01 + 3e2) / (1 + 3e-8)
+    assert abs(float(loss) - wanted) <= FLOAT64 * wanted

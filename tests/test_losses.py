@@ -240,3 +240,35 @@ def test_a_component_that_is_no_output_is_refused(wrong):
     mlp, mesh = tpmlp.MLP((3, 10)), mesh_of((1, 2, 1))
     with pytest.raises(ValueError, match=f"component={wrong!r}"):
         tpmlp.shard_batch(mlp, np.ones((2, 3)), mesh=mesh, loss=tpmlp.output(wrong))
+
+
+TIED = tpmlp.MLP((3, 4, 10))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 5)], ids=name_of)
+def test_of_tied_logits_the_first_is_the_prediction_as_in_predict(sizes):
+    mesh = mesh_of(sizes)
+    # Rows 2 to 5 of W_2 are equal and win; so do they on several devices.
+    W_2 = np.zeros((10, 4))
+    W_2[2:6] = 1.0
+    params = tpmlp.from_numpy(TIED, [(np.ones((4, 3)), np.ones(4)), (W_2, np.zeros(10))], mesh)
+    x, y = np.ones((20, 3)), np.arange(20) % 10
+    accuracy = tpmlp.evaluate(TIED, params, (x, y), loss="cross_entropy", mesh=mesh).accuracy
+    classes = tpmlp.predict(TIED, params, x, mesh=mesh, kind="classes")
+    assert accuracy == (classes == y).mean() == 0.1
+
+
+def infinite_at_zero(z, y):
+    return (jnp.log(jnp.abs(y)) * z).sum()
+
+
+def test_a_sample_of_weight_zero_counts_nowhere_even_if_its_gradient_is_infinite():
+    mesh = tpmlp.make_mesh(x=2)
+    model = tpmlp.MLP((3, 2))
+    params = tpmlp.from_numpy(model, [(np.ones((2, 3)), np.ones(2))], mesh)
+    step = tpmlp.value_and_grad(model, loss=infinite_at_zero, mesh=mesh)
+    x, y, weight = np.ones((3, 3)), np.array([2.0, 0.0, 3.0]), np.array([1.0, 0.0, 1.0])
+    loss, grads = step(params, x, y, weight)
+    kept, kept_grads = step(params, x[::2], y[::2])
+    assert float(loss) == float(kept)
+    np.testing.assert_array_equal(grads[0][0], kept_grads[0][0])

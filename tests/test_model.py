@@ -189,3 +189,14 @@ def test_models_of_the_same_description_are_equal_and_hash_alike():
     as_list: Any = [3, np.int64(2)]
     assert tpmlp.MLP((3, 2), "tanh") == tpmlp.MLP(as_list, activation="tanh")
     assert hash(tpmlp.MLP((3, 2))) == hash(tpmlp.MLP(as_list))
+
+
+def test_reshard_on_the_same_devices_goes_through_no_host():
+    model, mesh = tpmlp.MLP((16, 16)), tpmlp.make_mesh(x=8)
+    params = model.init(jax.random.key(0), mesh, strategy=tpmlp.Strategy(layout="column"))
+    row = tpmlp.Strategy(layout="row")
+    compiled = tpmlp.reshard(model, params, mesh, strategy=row)
+    with jax.transfer_guard("disallow_explicit"):
+        moved = tpmlp.reshard(model, params, mesh, strategy=row)
+    assert jax.tree.map(lambda a: a.sharding, moved) == jax.tree.map(lambda a: a.sharding, compiled)
+    np.testing.assert_array_equal(moved[0][0], params[0][0])

@@ -123,6 +123,13 @@ MUTANTS = {
         "1 / scalars.weight * jnp.ones_like(weight)",
         "tests/test_losses.py::test_weights_equal_repeating_the_samples",
     ),
+    "a NaN at a sample of weight 0": Mutant(
+        "kernels/objective.py",
+        "jnp.where(weight[None] != 0, sample.gradient * scale[None], 0)",
+        "sample.gradient * scale[None]",
+        "tests/test_losses.py::"
+        "test_a_sample_of_weight_zero_counts_nowhere_even_if_its_gradient_is_infinite",
+    ),
     "weights drawn at padded shapes": Mutant(
         "model.py",
         "jax.random.fold_in(key, l), (d_out, d_in), dtype)",

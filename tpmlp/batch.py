@@ -33,6 +33,10 @@ class Batch(NamedTuple):
     y: Any
     weight: Any
 
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{n}={s}" for n, s in zip(self._fields, _shapes(self), strict=True))
+        return f"Batch({shapes})"
+
 
 def shard_batch(
     model: Any,
@@ -98,8 +102,8 @@ def place_batch(placement: Placement, loss: Loss, batch: Batch) -> Batch:
     on_host = check_shapes(placement, loss, on_host)
     _check_values(placement, loss, on_host)
     full = _pad(placement, loss, on_host, np)
-    return Batch(*(a if a is None else jax.device_put(a, s)
-                   for a, s in zip(full, shardings, strict=True)))  # fmt: skip
+    pairs = zip(full, shardings, strict=True)
+    return Batch(*(None if a is None else jax.device_put(a, s) for a, s in pairs))
 
 
 def batch_shardings(placement: Placement, loss: Loss) -> Batch:
@@ -121,7 +125,7 @@ def check_features(x: Any, width: int) -> Any:
         )
     if x.shape[0] == 0:
         raise ValueError(f"x must have at least one row: got x of shape {x.shape}.")
-    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(_default_float())
+    return _as_float(x)
 
 
 def check_shapes(placement: Placement, loss: Loss, batch: Batch) -> Batch:
@@ -129,15 +133,16 @@ def check_shapes(placement: Placement, loss: Loss, batch: Batch) -> Batch:
     x = check_features(batch.x, placement.widths[0])
     num_samples = x.shape[0]
     y = loss.check_targets(batch.y, num_samples, placement.widths[-1])
+    # Targets and weights keep their own precision: the step casts all to the parameters' type.
     if loss.targets == "values":
-        y = y.astype(x.dtype)
+        y = _as_float(y)
     if batch.weight is None:
-        return Batch(x, y, np.ones(num_samples, x.dtype))
+        return Batch(x, y, np.ones(num_samples, _default_float()))
     weight = as_array("weight", batch.weight)
     check_length("weight", weight, num_samples)
     if weight.ndim != 1:
         raise ValueError(f"weight must have shape [B]: got weight of shape {weight.shape}.")
-    return Batch(x, y, weight.astype(x.dtype))
+    return Batch(x, y, _as_float(weight))
 
 
 def _check_values(placement: Placement, loss: Loss, batch: Batch) -> None:
@@ -201,6 +206,14 @@ def _infer_loss(y: Any, num_outputs: int) -> Loss:
     y = as_array("y", y)
     labels = y.ndim == 1 and jnp.issubdtype(y.dtype, jnp.integer) and num_outputs > 1
     return CrossEntropy() if labels else Cotangent()
+
+
+def _as_float(array: Any) -> Any:
+    """Return an array in a floating type that JAX has; integers in the default one."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return array.astype(_default_float())
+    with np.errstate(over="ignore"):  # What the type cannot hold is refused as infinite.
+        return array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
 
 
 def _default_float() -> Any:

@@ -14,7 +14,9 @@ import numpy as np
 def as_array(name: str, value: Any) -> Any:
     """Return value as an array, JAX's left as they are; refuse None and what has no numbers."""
     if value is None:
-        raise ValueError(f"{name} must be given: got {name}=None.")
+        raise ValueError(
+            f"{name} must be given: got {name}=None. Pass an array with one row a sample."
+        )
     try:
         array = value if isinstance(value, jax.Array) else np.asarray(value)
     except ValueError as error:

@@ -147,10 +147,11 @@ class CrossEntropy(Loss):
     targets = "labels"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
+        number = isinstance(self.label_smoothing, int | float | np.number)
+        if not number or not 0 <= self.label_smoothing < 1:
             raise ValueError(
                 "label_smoothing must be at least 0 and below 1: "
-                f"got label_smoothing={self.label_smoothing}."
+                f"got label_smoothing={self.label_smoothing!r}. Use for example 0.1."
             )
 
     @property
@@ -160,8 +161,8 @@ class CrossEntropy(Loss):
 
     @property
     def num_reduced(self) -> int:
-        """The maximum, sum exp, the picked logit and, with smoothing, the sum of logits."""
-        return 4 if self.label_smoothing else 3
+        """The maximum; sum exp, the picked logit, its rank; with smoothing, the sum of logits."""
+        return 5 if self.label_smoothing else 4
 
     def per_sample(self, z: jax.Array, y: Any, head: Head) -> PerSample:
         """Return log sum exp(z) - <target, z> and softmax(z) - target.
@@ -177,9 +178,12 @@ class CrossEntropy(Loss):
         shifted = jnp.where(real, z - largest[None], -jnp.inf)
         onehot = rows.astype(y.dtype) == y[None]
         exp = jnp.exp(shifted)
-        terms = [exp, jnp.where(onehot, shifted, 0)]
+        # The prediction is the first of the largest logits, as argmax takes it: y is it where its
+        # logit is the maximum and no row before has it too.
+        before = (shifted == 0) & (rows.astype(y.dtype) < y[None])
+        terms = [exp, jnp.where(onehot, shifted, 0), before.astype(z.dtype)]
         terms += [jnp.where(real, shifted, 0)] if a else []
-        total, picked, *logits = head.sum_outputs(*terms)
+        total, picked, ahead, *logits = head.sum_outputs(*terms)
         loss = jnp.log(total) - (1 - a) * picked
         loss = loss - (a / num_outputs) * logits[0] if a else loss
         target = jnp.where(onehot, 1 - a, 0) + a / num_outputs
@@ -188,7 +192,7 @@ class CrossEntropy(Loss):
         return PerSample(
             jnp.where(known, loss, jnp.nan),
             jnp.where(known[None], gradient, jnp.nan),
-            (known & (picked == 0)).astype(z.dtype),
+            (known & (picked == 0) & (ahead == 0)).astype(z.dtype),
         )
 
     def check_targets(self, y: Any, num_samples: int, num_outputs: int) -> Any:
@@ -249,6 +253,14 @@ class Output(Loss):
 
     component: int | None = None
 
+    def __post_init__(self) -> None:
+        index = isinstance(self.component, int | np.integer | None)
+        if not index or isinstance(self.component, bool) or (self.component or 0) < 0:
+            raise ValueError(
+                f"component must be the index of an output, 0 or more: got "
+                f"component={self.component!r}. Leave it out for the sum of all outputs."
+            )
+
     name = "output"
     reduction = "sum"
     targets = None
@@ -268,7 +280,10 @@ class Output(Loss):
     def check_targets(self, y: Any, num_samples: int, num_outputs: int) -> Any:
         """Refuse a y, and a component that is no output."""
         if y is not None:
-            raise ValueError(f"y must be None for loss 'output', which has no target: got {y!r}.")
+            raise ValueError(
+                f"y must be None for loss 'output', which has no target: got a y of type "
+                f"{type(y).__name__}. Leave it out, or use another loss."
+            )
         if self.component is not None and self.component not in range(num_outputs):
             raise ValueError(
                 f"component must be an integer in 0 .. {num_outputs - 1}, an output: got "

@@ -61,6 +61,7 @@ def make_mesh(
     y: int = 1,
     devices: Sequence[Any] | None = None,
     check: bool = False,
+    **unknown: Any,
 ) -> Mesh:
     """Make a mesh with the axes data, stage, x and y.
 
@@ -73,12 +74,14 @@ def make_mesh(
             takes the first ones.
         check: whether to run every collective once on this mesh and compare it with its
             definition, so that a broken runtime is found before training.
+        **unknown: nothing; another axis is refused.
 
     Returns:
         A jax.sharding.Mesh.
 
     Raises:
-        ValueError: an axis is not a positive integer, or the mesh is larger than the devices.
+        ValueError: an unknown axis, one that is not a positive integer, or a mesh that is larger
+            than the devices.
         RuntimeError: check found a collective that gives wrong numbers.
 
     Examples:
@@ -87,7 +90,18 @@ def make_mesh(
         >>> make_mesh(x=4, y=2).size
         8
     """
-    pool = list(jax.devices() if devices is None else devices)
+    if unknown:
+        given = ", ".join(f"{name}={size}" for name, size in unknown.items())
+        raise ValueError(
+            f"mesh axis must be one of {AXES}: got {given}. Use x and y for the tensor axes, data "
+            "for the batch."
+        )
+    if not isinstance(devices, Sequence | np.ndarray | None):
+        raise ValueError(
+            f"devices must be a sequence of JAX devices: got devices={devices!r}. Use for example "
+            "jax.devices()[:4]."
+        )
+    pool = list(jax.devices() if devices is None else np.ravel(np.asarray(devices, object)))
     for name, size in (("data", data), ("stage", stage), ("x", 1 if x is None else x), ("y", y)):
         if not _is_count(size):
             raise ValueError(

@@ -9,7 +9,7 @@ padded with zeros to widths that the mesh divides (tpmlp.parameters).
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +23,7 @@ from tpmlp.inspection.summary import Summary, summarize
 from tpmlp.kernels.backprop import Chain
 from tpmlp.losses import UserLoss, get_loss
 from tpmlp.placement import Placement, place
+from tpmlp.regularizers import ElementwisePenalty, get_regularizer
 from tpmlp.strategy import Strategy
 
 Params = tuple[tuple[jax.Array, jax.Array | None], ...]
@@ -61,6 +62,8 @@ class MLP:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", _check_widths(self.widths))
+        if not isinstance(self.bias, bool):
+            raise ValueError(f"bias must be True or False: got bias={self.bias!r}.")
         object.__setattr__(self, "sigma", get_activation(self.activation))
 
     @property
@@ -97,9 +100,21 @@ class MLP:
 
         Returns:
             ((W_1, b_1), ...), placed for this mesh and strategy.
+
+        Raises:
+            ValueError: key is no key, or the mesh cannot have the layout.
         """
+        if not isinstance(key, jax.Array):
+            raise ValueError(
+                f"key must be a key of jax.random: got key={key!r}. Use jax.random.key({key!r})."
+            )
         placement = place(self.widths, mesh, strategy)
         dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+        if not jnp.issubdtype(dtype, jnp.floating) or jax.dtypes.canonicalize_dtype(dtype) != dtype:
+            raise ValueError(
+                f"dtype must be a floating type that JAX has switched on: got dtype={dtype}. Use "
+                "float32 or bfloat16, or float64 with jax.config.update('jax_enable_x64', True)."
+            )
         return _drawing(self, placement, dtype)(key)
 
     def summary(
@@ -109,6 +124,7 @@ class MLP:
         batch_size: int,
         strategy: Strategy | None = None,
         loss: Any = None,
+        regularizer: Any = None,
         dtype: Any = None,
     ) -> Summary:
         """Return what one device holds of every array, and what it receives in a step.
@@ -118,6 +134,7 @@ class MLP:
             batch_size: samples of one step.
             strategy: Strategy() by default.
             loss: the loss, whose own collectives are listed when it is given.
+            regularizer: R, whose own collective is listed when it is given.
             dtype: float32 by default.
 
         Returns:
@@ -138,8 +155,11 @@ class MLP:
             z_2     row     O/g/s B/d  [128, 10]   [128, 2]         1.00 KiB
             g_2     row     O/g/s B/d  [128, 10]   [128, 2]         1.00 KiB
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1: got batch_size={batch_size}.")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(
+                f"batch_size must be an integer, at least 1: got batch_size={batch_size!r}. Give "
+                "the samples of one step."
+            )
         head = None if loss is None else get_loss(loss)
         return summarize(
             place(self.widths, mesh, strategy),
@@ -149,6 +169,7 @@ class MLP:
             num_reduced=0 if head is None else head.num_reduced,
             outputs_gathered=isinstance(head, UserLoss),
             with_loss=head is not None,
+            penalty=isinstance(get_regularizer(regularizer), ElementwisePenalty),
         )
 
     def plot(self, mesh: Mesh, *, strategy: Strategy | None = None) -> Any:
@@ -180,7 +201,7 @@ def chain_of(model: MLP, mesh: Mesh, strategy: Strategy | None) -> Chain:
     return Chain(place(model.widths, mesh, strategy), model.sigma)
 
 
-@cache
+@lru_cache(maxsize=16)
 def _drawing(model: MLP, placement: Placement, dtype: Any) -> Callable[[jax.Array], Params]:
     draw = partial(_draw, model, placement.padded_widths, dtype)
     return jax.jit(draw, out_shardings=param_shardings(model, placement))
@@ -202,6 +223,8 @@ def _draw(model: MLP, padded_widths: tuple[int, ...], dtype: Any, key: jax.Array
 def _check_widths(widths: Any) -> tuple[int, ...]:
     try:
         checked = tuple(operator.index(width) for width in widths)
+        if any(isinstance(width, bool) for width in widths):
+            raise TypeError("True is no width")
     except TypeError as error:
         raise ValueError(
             f"widths must be integers (d_0, ..., d_out): got widths={widths!r}. "

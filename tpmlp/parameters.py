@@ -4,8 +4,8 @@ Parameters are a tuple of layers (W_l, b_l), l at index l - 1: JAX arrays split 
 padded with zeros to widths that the mesh divides. Gradients have the same structure.
 """
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -82,8 +82,9 @@ def from_numpy(
 def reshard(model: MLP, params: Params, mesh: Mesh, *, strategy: Strategy | None = None) -> Params:
     """Move parameters, or gradients, to another mesh or layout.
 
-    Blocks go from device to device; where the padding differs they pass through a width that
-    both meshes divide, so that no device and no host ever holds the whole.
+    Between meshes of the same devices, in the same order, blocks go from device to device. To
+    other devices they go through the host, one array at a time. Where the padding differs they
+    pass through a width that both meshes divide.
 
     Args:
         model: the model.
@@ -146,9 +147,10 @@ def _check_padded(model: MLP, params: Any) -> None:
             if array is None:
                 continue
             if not isinstance(array, jax.Array) or not isinstance(array.sharding, NamedSharding):
+                placed = getattr(array, "sharding", type(array).__name__)
                 raise ValueError(
-                    f"{name} must be a JAX array placed on a mesh: got {type(array).__name__}. "
-                    "Place NumPy arrays with tpmlp.from_numpy."
+                    f"{name} must be a JAX array placed on a mesh: got {placed}. Place arrays of "
+                    "logical widths with tpmlp.from_numpy."
                 )
             sizes = array.sharding.mesh.shape
             num_blocks = sizes.get("x", 1) * sizes.get("y", 1)
@@ -160,13 +162,18 @@ def _check_padded(model: MLP, params: Any) -> None:
                 )
 
 
-def check_params(model: MLP, params: Any, placement: Placement) -> None:
-    """Refuse parameters of another model, mesh or layout; of traced ones, only the shapes.
+def check_params(model: MLP, params: Any, placement: Placement) -> Params:
+    """Return the parameters as tuples; refuse those of another model, mesh or layout.
+
+    Of traced ones, only shapes are checked.
 
     Raises:
         ValueError: names the layer, what it is and what it must be.
     """
     check_structure(model, params)
+    params = tuple(tuple(layer) for layer in params)
+    if not any(isinstance(array, Tracer) for layer in params for array in layer):
+        _check_padded(model, params)
     shardings = param_shardings(model, placement)
     for l, (layer, wanted) in enumerate(zip(params, shardings, strict=True), 1):
         for name, array, shape, sharding in zip(
@@ -174,6 +181,7 @@ def check_params(model: MLP, params: Any, placement: Placement) -> None:
         ):
             if array is not None:
                 _check_param(name, array, shape, sharding)
+    return params
 
 
 def _check_param(name: str, array: Any, shape: tuple[int, ...], sharding: NamedSharding) -> None:
@@ -199,10 +207,26 @@ def _move(
     array: jax.Array, logical: tuple[int, ...], shape: tuple[int, ...], sharding: NamedSharding
 ) -> jax.Array:
     if array.shape == shape:
-        return jax.device_put(array, sharding)
+        return _transfer(array, sharding)
     between = tuple(padded(n, np.lcm(_blocks(array.sharding), _blocks(sharding))) for n in logical)
     array = _resize(array, logical, between, array.sharding)
-    return _resize(jax.device_put(array, sharding), logical, shape, sharding)
+    return _resize(_transfer(array, sharding), logical, shape, sharding)
+
+
+def _transfer(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    if _devices(array.sharding) != _devices(sharding):
+        return jax.device_put(array, sharding)
+    # device_put would assemble the array on the host; a program moves blocks by collectives.
+    return _identity(sharding)(array)
+
+
+def _devices(sharding: Any) -> list[Any]:
+    return sharding.mesh.devices.ravel().tolist()
+
+
+@lru_cache(maxsize=64)
+def _identity(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda array: array, out_shardings=sharding)
 
 
 def _blocks(sharding: Any) -> int:

@@ -9,7 +9,7 @@ Widths are logical (what the user gave) or padded (a multiple of M = X * Y, what
 """
 
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -111,10 +111,15 @@ def place(widths: tuple[int, ...], mesh: Mesh, strategy: Strategy | None = None)
             f"strategy must be a tpmlp.Strategy: got strategy={strategy!r}. Use for example "
             "Strategy(layout='column')."
         )
-    return _place(widths, check_mesh(mesh), strategy or Strategy())
+    if check_mesh(mesh).shape["stage"] > 1:
+        raise ValueError(
+            f"mesh axis stage must be 1, as no schedule uses it: got stage={mesh.shape['stage']}. "
+            "Give these devices to x, y or data."
+        )
+    return _place(widths, mesh, strategy or Strategy())
 
 
-@cache
+@lru_cache(maxsize=256)
 def _place(widths: tuple[int, ...], mesh: Mesh, strategy: Strategy) -> Placement:
     layout = strategy.layout
     words = _words(layout, widths, mesh)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tpmlp import reference
 
@@ -62,6 +63,20 @@ class UserPenalty(Regularizer):
     """A user's function of the logical layers, ((W_1, b_1), ...) -> scalar."""
 
     function: Callable[[Any], Any]
+
+    def value(self, layers: Any) -> jax.Array:
+        """Return R of the logical layers.
+
+        Raises:
+            ValueError: it is no floating-point scalar.
+        """
+        result = jnp.asarray(self.function(layers))
+        if result.shape != () or not jnp.issubdtype(result.dtype, jnp.floating):
+            raise ValueError(
+                "regularizer must return a floating-point scalar: got shape "
+                f"{result.shape}, dtype {result.dtype}. Sum over elements with jnp.sum."
+            )
+        return result
 
     @property
     def reference(self) -> Any:
@@ -124,7 +139,8 @@ def get_regularizer(regularizer: object) -> Regularizer | None:
 
 
 def _check_number(name: str, value: Any, *, at_most: float = math.inf) -> None:
-    if not isinstance(value, int | float) or not (0 <= value <= at_most and math.isfinite(value)):
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not number or not (0 <= value <= at_most and math.isfinite(value)):
         raise ValueError(
             f"{name} must be a finite number from 0 to {at_most}: got {name}={value!r}. "
             "Use for example 1e-4 for a coefficient, 0.5 for a ratio."

@@ -6,7 +6,7 @@ one device's blocks. The transpose between the two happens here, once, and nowhe
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -141,7 +141,7 @@ class Objective:
         )(params)
 
     def _user_penalty(self, penalty: UserPenalty, params: Params) -> jax.Array:
-        return penalty.function(logical_layers(self.model, params))
+        return penalty.value(logical_layers(self.model, params))
 
 
 def make_objective(
@@ -154,10 +154,22 @@ def make_objective(
 ) -> Objective:
     """Return the Objective that the public functions share; arguments as in value_and_grad."""
     if not isinstance(model, MLP):
-        raise ValueError(f"model must be a tpmlp.MLP: got model={model!r}.")
+        raise ValueError(
+            f"model must be a tpmlp.MLP: got a {type(model).__name__}. Make one with "
+            "tpmlp.MLP(widths), and give it to value_and_grad; parameters go to the step."
+        )
     chain = chain_of(model, mesh, strategy)
     meant = Cotangent() if loss is None else get_loss(loss)
     return Objective(model, chain, meant, get_regularizer(regularizer))
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no model."""
+    if not isinstance(model, MLP):
+        raise ValueError(
+            f"model must be a tpmlp.MLP: got a {type(model).__name__}. Make one with "
+            "tpmlp.MLP(widths), and give it to value_and_grad; parameters go to the step."
+        )
 
 
 class Step:
@@ -169,6 +181,11 @@ class Step:
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         self._jitted = jax.jit(self._total)
+
+    def __repr__(self) -> str:
+        objective = self.objective
+        axes = ", ".join(f"{name}={size}" for name, size in objective.placement.sizes.items())
+        return f"<step of {objective.model}, loss {objective.loss.name}, on {axes}>"
 
     def __call__(
         self, params: Params, x: Any, y: Any = None, weight: Any = None, *, cotangent: Any = None
@@ -209,7 +226,7 @@ class Step:
                 f"loss={loss!r}, y {'given' if y is not None else 'None'}, cotangent "
                 f"{'given' if cotangent is not None else 'None'}."
             )
-        check_params(objective.model, params, objective.placement)
+        params = check_params(objective.model, params, objective.placement)
         y = cotangent if takes_cotangent else y
         return params, place_batch(objective.placement, objective.loss, Batch(x, y, weight))
 
@@ -280,15 +297,16 @@ def apply(
         ValueError: parameters of another model, mesh or layout; x of a wrong shape or dtype, or
             with a NaN or an infinity.
     """
+    check_model(model)
     chain = chain_of(model, mesh, strategy)
-    check_params(model, params, chain.placement)
+    params = check_params(model, params, chain.placement)
     x = check_features(x, chain.placement.widths[0])
     if not isinstance(x, Tracer):
         check_finite("x", np.asarray(x))
     return _apply(model, chain)(params, x)
 
 
-@cache
+@lru_cache(maxsize=16)
 def _apply(model: MLP, chain: Chain) -> Callable[[Params, jax.Array], jax.Array]:
     placement = chain.placement
     outputs = _outputs(model, chain)

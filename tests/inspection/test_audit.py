@@ -256,6 +256,7 @@ def test_memory_and_flops_are_those_of_one_device():
     assert report.collectives == ()
     assert (report.argument_bytes, report.output_bytes, report.alias_bytes) == (V, V, 0)
     assert report.peak_bytes >= 2 * V
+    assert report.peak_bytes >= report.temp_bytes
     assert report.temp_bytes < V
     assert report.flops == 2 * BLOCK**3
 

@@ -111,3 +111,12 @@ def test_a_whole_that_fails_where_no_part_does_is_named_with_its_parts() -> None
     chain = optax.chain(optax.clip(1.0), optax.scale(2.0))
     assert culprits(chain, lambda _: False) == ["chain(clip, scale)"]
     assert culprits(chain, lambda _: True) == ["clip", "scale"]
+
+
+def test_what_acts_only_after_the_probe_is_judged_by_its_parts() -> None:
+    def late(step: Any, **_: Any) -> Any:
+        return step > 20
+
+    waiting = optax.conditionally_transform(optax.centralize(), late)
+    with pytest.raises(ValueError, match="centralize"):
+        make(optax.chain(waiting, optax.sgd(0.1)))

@@ -1,5 +1,6 @@
 """What people see: a bar where the output is a terminal, few lines elsewhere, or nothing."""
 
+import re
 import sys
 
 import pytest
@@ -39,16 +40,18 @@ def test_lines_are_few_and_the_last_step_has_one(
     assert lines[-1].startswith(f"step {num_steps}/{num_steps}  ")
 
 
-def test_a_terminal_gets_a_bar(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("columns", ["40", "80", "150"])
+def test_a_terminal_of_any_width_gets_a_bar_and_all_numbers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: str
 ) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    monkeypatch.setenv("COLUMNS", "150")
+    monkeypatch.setenv("COLUMNS", columns)
     with open_progress(True, 4) as progress:
         progress.update(4, 3000, 30.0, NUMBERS)
         progress.say("done [ok]")
-    out = capsys.readouterr().out
-    for part in ("4/4", "loss 0.25", "accuracy 0.500", "100 samples/s", "done [ok]"):
+    out = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    out = " ".join(out.split())
+    for part in ("4/4", "0:00:00 left", "loss 0.25", "accuracy 0.500", "samples/s", "done [ok]"):
         assert part in out
 
 

@@ -53,10 +53,9 @@ def _draw_layer(panel: Any, placement: Placement, l: int) -> None:
     panel.text(
         1 + 1.4 * GAP + STRIP, 0.5, f"$z_{{{l}}}$ [{d_out}]  O/g/s", va="center", rotation=-90
     )
-    panel.text(
-        0.5, -GAP, f"$W_{{{l}}}$ [{d_out}, {d_in}]  O/g I/s\n{placement.words[l - 1]}: "
-        f"g={axes['g']}, s={axes['s']}", ha="center", va="top",
-    )  # fmt: skip
+    role = f"{placement.words[l - 1]}: g={axes['g']}, s={axes['s']}"
+    name = f"$W_{{{l}}}$ [{d_out}, {d_in}]  O/g I/s"
+    panel.text(0.5, -GAP, f"{name}\n{role}", ha="center", va="top")
     panel.set_xlim(-GAP, 1 + 5 * GAP + STRIP)
     panel.set_ylim(-4 * GAP, 1 + 4 * GAP + STRIP)
     panel.set_aspect("equal")

@@ -30,13 +30,15 @@ class Part:
     bytes: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Summary:
     """What one device holds and receives in a training step; print it.
 
     Attributes:
         mesh: devices on each axis.
         roles: "column" or "row" for each layer.
+        bindings: mesh axes of g and s, for each role that occurs.
+        padding: padded width of each logical width that the mesh does not divide.
         parts: of every W_l, b_l, h_l, z_l, g_l, in the order of the layers.
         collectives: of one step, in order.
         item_bytes: bytes of an element.
@@ -44,6 +46,8 @@ class Summary:
 
     mesh: dict[str, int]
     roles: tuple[str, ...]
+    bindings: dict[str, dict[str, str]]
+    padding: dict[int, int]
     parts: tuple[Part, ...]
     collectives: tuple[Collective, ...]
     item_bytes: int
@@ -54,7 +58,9 @@ class Summary:
         return sum(c.words for c in self.collectives) * self.item_bytes
 
     def __str__(self) -> str:
-        return "\n".join([self.arrays_table(), "", self.collectives_table()])
+        return "\n".join([self.arrays_table(), self.notes(), "", self.collectives_table()])
+
+    __repr__ = __str__
 
     def arrays_table(self) -> str:
         """Return the table of what one device holds."""
@@ -65,6 +71,15 @@ class Summary:
         return text_table(
             ["tensor", "role", "layout", "whole", "on one device", "size there"], rows
         )
+
+    def notes(self) -> str:
+        """Return how to read the table: what g and s are, and which widths are padded."""
+        bound = [f"{role}: g={axes['g']}, s={axes['s']}" for role, axes in self.bindings.items()]
+        lines = [f"layouts are features first, sizes samples first; {'; '.join(bound)}"]
+        if self.padding:
+            padded_widths = ", ".join(f"{d} to {whole}" for d, whole in self.padding.items())
+            lines.append(f"widths padded with zeros to what the mesh divides: {padded_widths}")
+        return "\n".join(lines)
 
     def collectives_table(self) -> str:
         """Return the table of the collectives of one step, in order."""
@@ -112,6 +127,12 @@ def summarize(
     return Summary(
         mesh=placement.sizes,
         roles=placement.words,
+        bindings=dict(zip(placement.words, placement.axes, strict=True)),
+        padding={
+            width: whole
+            for width, whole in zip(placement.widths, placement.padded_widths, strict=True)
+            if width != whole
+        },
         parts=tuple(_parts(placement, bias, batch_size, item_bytes)),
         collectives=tuple(
             step_collectives(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -45,6 +45,9 @@ class Trace:
     loss: jax.Array
     widths: tuple[int, ...]
     num_samples: int
+
+    def __repr__(self) -> str:
+        return f"<trace of {self.num_samples} samples, widths {self.widths}, loss {self.loss:.4g}>"
 
     def logical(self, name: Name, l: int) -> np.ndarray:
         """Return an array without its padding, on the host.
@@ -125,7 +128,7 @@ def trace(
     objective = make_objective(
         model, loss=loss, mesh=mesh, regularizer=regularizer, strategy=strategy
     )
-    check_params(model, params, objective.placement)
+    params = check_params(model, params, objective.placement)
     batch = place_batch(objective.placement, objective.loss, Batch(x, y, weight))
     rows = _traced(objective)(params, batch)
     return Trace(
@@ -140,7 +143,7 @@ def trace(
     )
 
 
-@cache
+@lru_cache(maxsize=16)
 def _traced(objective: Objective) -> Any:
     chain = objective.chain
 

@@ -23,6 +23,7 @@ from tpmlp.losses import Loss, get_loss
 from tpmlp.model import MLP, chain_of
 from tpmlp.parameters import from_numpy, to_numpy
 from tpmlp.strategy import Strategy
+from tpmlp.table import text_table
 
 Kind = Literal["float64", "integers", "float32"]
 KINDS: tuple[Kind, ...] = ("float64", "integers", "float32")
@@ -54,7 +55,7 @@ class Check:
         return self.error <= self.bound
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Report:
     """What `verify` found.
 
@@ -87,14 +88,19 @@ class Report:
             "integers": "max|a-b|",
             "float32": "error / bound of the operation",
         }[self.kind]
-        lines = [f"{self.kind} on {axes}, layers {' '.join(self.words)}; error is {unit}"]
-        lines.append(f"{'tensor':<16}{'error':>10}{'bound':>10}{'end to end':>12}  verdict")
-        lines += [
-            f"{c.tensor:<16}{c.error:>10.1e}{c.bound:>10.1e}{c.end_to_end:>12.1e}  "
-            f"{'ok' if c.ok else 'WRONG'}"
+        rows = [
+            (
+                c.tensor,
+                *(f"{e:.1e}" for e in (c.error, c.bound, c.end_to_end)),
+                "ok" if c.ok else "WRONG",
+            )
             for c in self.checks
         ]
-        return "\n".join(lines)
+        headers = ["tensor", "error", "bound", "end to end", "verdict"]
+        title = f"{self.kind} on {axes}, layers {' '.join(self.words)}; error is {unit}"
+        return f"{title}\n{text_table(headers, rows)}"
+
+    __repr__ = __str__
 
 
 def verify(
@@ -103,7 +109,7 @@ def verify(
     *,
     strategy: Strategy | None = None,
     loss: Any = "cross_entropy",
-    kind: Kind = "float64",
+    kind: Kind | None = None,
     batch_size: int = 30,
     seed: int = 0,
 ) -> Report:
@@ -114,7 +120,8 @@ def verify(
         mesh: the mesh.
         strategy: Strategy() by default.
         loss: the loss; for "integers" it is replaced by output.
-        kind: "float64" (needs jax_enable_x64), "integers" or "float32".
+        kind: "float64" (needs jax_enable_x64), "integers" or "float32"; by default float64 where
+            64-bit types are enabled, else float32.
         batch_size: samples.
         seed: of parameters and samples.
 
@@ -131,9 +138,17 @@ def verify(
         >>> report.ok, len(report.checks)
         (True, 12)
     """
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(
+            f"batch_size must be an integer, at least 1: got batch_size={batch_size!r}. Use 30."
+        )
+    x64 = jax.config.read("jax_enable_x64")
+    kind = kind or ("float64" if x64 else "float32")
     if kind not in KINDS:
-        raise ValueError(f"kind must be one of {KINDS}: got kind={kind!r}.")
-    if kind == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ValueError(
+            f"kind must be one of {KINDS}: got kind={kind!r}. Leave it out for the default."
+        )
+    if kind == "float64" and not x64:
         raise ValueError(
             "kind='float64' must have 64-bit types: got jax_enable_x64=False. Call "
             "jax.config.update('jax_enable_x64', True) first, or use kind='float32'."
@@ -146,10 +161,24 @@ def verify(
         _check_exact(model, meant, data)
     params = from_numpy(model, data.arrays, mesh, strategy=strategy)
     with jax.default_matmul_precision("highest"):
-        run = trace(model, params, data.x, data.y, weight=data.weight, loss=meant, mesh=mesh,
-                    strategy=strategy)  # fmt: skip
-    oracle = reference.trace(data.arrays, data.x, data.y, weight=data.weight, loss=meant,
-                             activation=model.activation)  # fmt: skip
+        run = trace(
+            model,
+            params,
+            data.x,
+            data.y,
+            weight=data.weight,
+            loss=meant,
+            mesh=mesh,
+            strategy=strategy,
+        )
+    oracle = reference.trace(
+        data.arrays,
+        data.x,
+        data.y,
+        weight=data.weight,
+        loss=meant,
+        activation=model.activation,
+    )
     pairs = _pairs(model, run, oracle)
     if kind == "float32":
         errors, bound = _operation_errors(model, run, data, meant), 1.0

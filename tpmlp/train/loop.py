@@ -92,7 +92,7 @@ def fit(
     )
     placement, seed = objective.placement, _check_seed(seed)
     if params is not None:
-        check_params(model, params, placement)
+        params = check_params(model, params, placement)
     dtype = jnp.dtype(jnp.float32 if params is None else params[0][0].dtype)
     read = partial(read_samples, placement=placement, loss=objective.loss, dtype=dtype)
     samples = read("data", data)

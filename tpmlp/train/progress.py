@@ -45,9 +45,9 @@ def open_progress(shown: bool, num_steps: int) -> Iterator[Progress]:
     if not (console.is_terminal or console.is_jupyter):
         yield _Lines(num_steps)
         return
-    bar = _bar(console)
-    with bar:
-        yield _Bar(bar, num_steps)
+    shown_bar = _Bar(console, num_steps)
+    with shown_bar.live:
+        yield shown_bar
 
 
 class _Silence:
@@ -86,22 +86,27 @@ class _Lines:
 
 
 class _Bar:
-    """A bar of rich."""
+    """A bar of rich, and under it the numbers, which a narrow terminal may wrap."""
 
-    def __init__(self, bar: Any, num_steps: int) -> None:
-        self.bar = bar
-        self.task = bar.add_task("training", total=num_steps, status="")
+    def __init__(self, console: Any, num_steps: int) -> None:
+        live = require("rich.live", extra="train", user="progress=True")
+        self.group = require("rich.console", extra="train", user="progress=True").Group
+        self.text = require("rich.text", extra="train", user="progress=True").Text
+        self.bar = _bar(console)
+        self.task = self.bar.add_task("training", total=num_steps)
+        self.live = live.Live(self.bar, console=console)
 
     def update(
         self, step: int, num_samples: int, elapsed_s: float, numbers: dict[str, float]
     ) -> None:
-        """Move the bar."""
-        status = format_status(num_samples / elapsed_s, numbers)
-        self.bar.update(self.task, completed=step, status=status)
+        """Move the bar and show the numbers."""
+        self.bar.update(self.task, completed=step)
+        status = self.text(format_status(num_samples / elapsed_s, numbers))
+        self.live.update(self.group(self.bar, status))
 
     def say(self, message: str) -> None:
         """Print the sentence above the bar."""
-        self.bar.console.print(message, highlight=False, markup=False)
+        self.live.console.print(message, highlight=False, markup=False)
 
 
 def format_status(samples_per_s: float, numbers: dict[str, float]) -> str:
@@ -121,12 +126,12 @@ def format_status(samples_per_s: float, numbers: dict[str, float]) -> str:
 def _bar(console: Any) -> Any:
     rich = require("rich.progress", extra="train", user="progress=True")
     return rich.Progress(
-        rich.TextColumn("{task.description}"),
-        rich.BarColumn(),
+        rich.BarColumn(bar_width=None),
         rich.MofNCompleteColumn(),
-        rich.TextColumn("{task.fields[status]}"),
         rich.TimeRemainingColumn(),
+        rich.TextColumn("left"),
         console=console,
+        expand=True,
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tpmlp.batch import Batch
@@ -29,6 +30,11 @@ Update = Callable[[Params, Any, Batch], tuple[Params, Any, Evaluated]]
 
 # What a record says of its own batch.
 BATCH_NUMBERS = ("loss", "penalty", "accuracy")
+
+
+WAY_OUT = (
+    "Use a smaller learning rate, clip gradients (optax.clip_by_global_norm), or scale the inputs."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +62,11 @@ class FitResult:
     message: str
     steps: int
     seconds: float
+
+
+def _all_finite(params: Params) -> bool:
+    finite = jax.jit(lambda leaves: [jnp.isfinite(leaf).all() for leaf in leaves])
+    return all(map(bool, finite(jax.tree.leaves(params))))
 
 
 def compile_step(
@@ -141,6 +152,11 @@ class Run:
                 return self._diverge(broken)
             if due and (stopping := self._record(step, validate=self._is_validated(step))):
                 return "callback", f"stopped by {stopping!r} after step {step.number}."
+        if not _all_finite(self.params):
+            return "diverged", (
+                f"diverged: the parameters are not finite after the last step, {self.num_steps}. "
+                f"{WAY_OUT}"
+            )
         return "finished", f"finished after step {self.num_steps}."
 
     def _advance(self, step: Step) -> None:
@@ -207,10 +223,7 @@ class Run:
     def _diverge(self, step: Step) -> tuple[Stopped, str]:
         self._record(step, validate=False)
         total = self.numbers["loss"] + self.numbers["penalty"]
-        return "diverged", (
-            f"diverged: the objective is {total} at step {step.number}. Use a smaller learning "
-            "rate, clip gradients (optax.clip_by_global_norm), or scale the inputs."
-        )
+        return "diverged", (f"diverged: the objective is {total} at step {step.number}. {WAY_OUT}")
 
     def _interrupt(self) -> tuple[Stopped, str]:
         last = self.begun[-1][0] if self.begun else None
