@@ -18,13 +18,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tpmlp.activations import Activation, get_activation
-from tpmlp.inspection.draw import draw_layers
-from tpmlp.inspection.summary import Summary, summarize
+from tpmlp.draw import draw_layers
 from tpmlp.kernels.backprop import Chain
-from tpmlp.losses import UserLoss, get_loss
+from tpmlp.losses import get_loss
 from tpmlp.placement import Placement, place
 from tpmlp.regularizers import ElementwisePenalty, get_regularizer
 from tpmlp.strategy import Strategy
+from tpmlp.summary import Summary, summarize
 
 Params = tuple[tuple[jax.Array, jax.Array | None], ...]
 
@@ -160,15 +160,12 @@ class MLP:
                 f"batch_size must be an integer, at least 1: got batch_size={batch_size!r}. Give "
                 "the samples of one step."
             )
-        head = None if loss is None else get_loss(loss)
         return summarize(
             place(self.widths, mesh, strategy),
             bias=self.bias,
             batch_size=batch_size,
             item_bytes=jnp.dtype(jnp.float32 if dtype is None else dtype).itemsize,
-            num_reduced=0 if head is None else head.num_reduced,
-            outputs_gathered=isinstance(head, UserLoss),
-            with_loss=head is not None,
+            loss=None if loss is None else get_loss(loss),
             penalty=isinstance(get_regularizer(regularizer), ElementwisePenalty),
         )
 

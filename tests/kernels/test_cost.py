@@ -11,10 +11,10 @@ import pytest
 
 import tpmlp
 from tests.cases import ONE_LAYOUT, PLACEMENTS, mesh_of, name_of, strategy_of
-from tpmlp.inspection.summary import step_collectives
 from tpmlp.kernels.cost import Collective, layer_words
 from tpmlp.losses import get_loss
 from tpmlp.placement import place
+from tpmlp.summary import step_collectives
 
 WIDTHS = (17, 12, 20, 10)
 BATCH = 30
@@ -43,13 +43,11 @@ def counted(sizes, layout, loss="cross_entropy", bias=True):
 
 def predicted(sizes, layout, loss="cross_entropy", bias=True):
     strategy = strategy_of(layout, len(WIDTHS) - 1)
-    meant = get_loss(loss)
     return step_collectives(
         place(WIDTHS, mesh_of(sizes), strategy),
         bias=bias,
         batch_size=BATCH,
-        num_reduced=meant.num_reduced,
-        outputs_gathered=meant.targets == "any",
+        loss=get_loss(loss),
         penalty=True,
     )
 
@@ -127,7 +125,7 @@ def test_auto_moves_no_more_than_any_other_layout():
 
     def words(layout):
         placement = place(widths, mesh, tpmlp.Strategy(layout=layout))
-        rows = step_collectives(placement, bias=True, batch_size=16, num_reduced=0)
+        rows = step_collectives(placement, bias=True, batch_size=16)
         return sum(row.words for row in rows)
 
     choices = ["column", "row"]

@@ -138,48 +138,14 @@ def verify(
         >>> report.ok, len(report.checks)
         (True, 12)
     """
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(
-            f"batch_size must be an integer, at least 1: got batch_size={batch_size!r}. Use 30."
-        )
-    x64 = jax.config.read("jax_enable_x64")
-    kind = kind or ("float64" if x64 else "float32")
-    if kind not in KINDS:
-        raise ValueError(
-            f"kind must be one of {KINDS}: got kind={kind!r}. Leave it out for the default."
-        )
-    if kind == "float64" and not x64:
-        raise ValueError(
-            "kind='float64' must have 64-bit types: got jax_enable_x64=False. Call "
-            "jax.config.update('jax_enable_x64', True) first, or use kind='float32'."
-        )
+    kind = _check_arguments(kind, batch_size)
     if kind == "integers":
         model, loss = replace(model, activation="relu"), "output"
     meant = get_loss(loss)
     data = _Data.draw(model, meant, kind=kind, batch_size=batch_size, seed=seed)
     if kind == "integers":
         _check_exact(model, meant, data)
-    params = from_numpy(model, data.arrays, mesh, strategy=strategy)
-    with jax.default_matmul_precision("highest"):
-        run = trace(
-            model,
-            params,
-            data.x,
-            data.y,
-            weight=data.weight,
-            loss=meant,
-            mesh=mesh,
-            strategy=strategy,
-        )
-    oracle = reference.trace(
-        data.arrays,
-        data.x,
-        data.y,
-        weight=data.weight,
-        loss=meant,
-        activation=model.activation,
-    )
-    pairs = _pairs(model, run, oracle)
+    run, pairs = _run(model, mesh, strategy, meant, data)
     if kind == "float32":
         errors, bound = _operation_errors(model, run, data, meant), 1.0
     elif kind == "integers":
@@ -233,6 +199,37 @@ class _Data:
             else rng.uniform(0.5, 2.0, batch_size)
         )
         return cls(arrays=arrays, x=x, y=y, weight=weights.astype(dtype))
+
+
+def _check_arguments(kind: Any, batch_size: Any) -> Kind:
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(
+            f"batch_size must be an integer, at least 1: got batch_size={batch_size!r}. Use 30."
+        )
+    x64 = jax.config.read("jax_enable_x64")
+    kind = kind or ("float64" if x64 else "float32")
+    if kind not in KINDS:
+        raise ValueError(
+            f"kind must be one of {KINDS}: got kind={kind!r}. Leave it out for the default."
+        )
+    if kind == "float64" and not x64:
+        raise ValueError(
+            "kind='float64' must have 64-bit types: got jax_enable_x64=False. Call "
+            "jax.config.update('jax_enable_x64', True) first, or use kind='float32'."
+        )
+    return kind
+
+
+def _run(
+    model: MLP, mesh: Mesh, strategy: Strategy | None, loss: Loss, data: _Data
+) -> tuple[Trace, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Run the step and the reference; return the trace, and all tensors side by side."""
+    params = from_numpy(model, data.arrays, mesh, strategy=strategy)
+    given: dict[str, Any] = {"weight": data.weight, "loss": loss}
+    with jax.default_matmul_precision("highest"):
+        run = trace(model, params, data.x, data.y, mesh=mesh, strategy=strategy, **given)
+    oracle = reference.trace(data.arrays, data.x, data.y, activation=model.activation, **given)
+    return run, _pairs(model, run, oracle)
 
 
 def _pairs(

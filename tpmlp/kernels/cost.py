@@ -100,6 +100,7 @@ def loss_collectives(
     *,
     num_outputs: int,
     num_reduced: int,
+    num_scalars: int,
     batch: int,
     penalty: bool,
     sizes: dict[str, int],
@@ -109,15 +110,22 @@ def loss_collectives(
     Args:
         num_outputs: padded width of the outputs that a user's loss gathers; 0 for the others.
         num_reduced: elements all-reduced over the tensor axes for each sample.
+        num_scalars: of the batch, all-reduced over the data axis: loss, weight, correct.
         batch: samples on one device.
         penalty: whether there is an R(W) that each device sums on its own block.
         sizes: number of devices of each mesh axis.
     """
     tensor_axes = tuple(a for a in ("x", "y") if sizes[a] > 1)
+    data_axes = ("data",) if sizes["data"] > 1 else ()
     rows: list[tuple[str, Kind, tuple[str, ...], int]] = [
         ("outputs", "all_gather", tensor_axes, num_outputs * batch),
         ("loss of each sample", "all_reduce", tensor_axes, num_reduced * batch),
-        ("loss, weight, correct", "all_reduce", ("data",) if sizes["data"] > 1 else (), 3),
+        (
+            "loss, weight, correct",
+            "all_reduce",
+            ("data",) if sizes["data"] > 1 else (),
+            num_scalars,
+        ),
         ("R(W)", "all_reduce", tensor_axes, int(penalty)),
     ]
     return [

@@ -5,6 +5,7 @@ from math import prod
 
 from tpmlp.kernels.cost import Collective, layer_collectives, loss_collectives
 from tpmlp.layout import padded, parse_layout
+from tpmlp.losses import Loss
 from tpmlp.placement import Placement
 from tpmlp.table import format_bytes, text_table
 
@@ -107,9 +108,7 @@ def summarize(
     bias: bool,
     batch_size: int,
     item_bytes: int,
-    num_reduced: int = 0,
-    outputs_gathered: bool = False,
-    with_loss: bool = False,
+    loss: Loss | None = None,
     penalty: bool = False,
 ) -> Summary:
     """Return what one device holds and what a training step moves.
@@ -119,11 +118,12 @@ def summarize(
         bias: whether the layers have biases.
         batch_size: samples of one step.
         item_bytes: bytes of an element.
-        num_reduced: elements that the loss all-reduces for each sample.
-        outputs_gathered: whether the loss gathers the outputs (a user's function).
-        with_loss: whether to list the loss at all.
+        loss: the loss; None leaves its collectives out.
         penalty: whether there is an elementwise R(W).
     """
+    moved = step_collectives(
+        placement, bias=bias, batch_size=batch_size, loss=loss, penalty=penalty
+    )
     return Summary(
         mesh=placement.sizes,
         roles=placement.words,
@@ -134,17 +134,7 @@ def summarize(
             if width != whole
         },
         parts=tuple(_parts(placement, bias, batch_size, item_bytes)),
-        collectives=tuple(
-            step_collectives(
-                placement,
-                bias=bias,
-                batch_size=batch_size,
-                num_reduced=num_reduced,
-                outputs_gathered=outputs_gathered,
-                with_loss=with_loss,
-                penalty=penalty,
-            )
-        ),
+        collectives=tuple(moved),
         item_bytes=item_bytes,
     )
 
@@ -154,12 +144,10 @@ def step_collectives(
     *,
     bias: bool,
     batch_size: int,
-    num_reduced: int,
-    outputs_gathered: bool = False,
-    with_loss: bool = True,
+    loss: Loss | None = None,
     penalty: bool = False,
 ) -> list[Collective]:
-    """Return the collectives of one training step, in order."""
+    """Return the collectives of one training step, in order; arguments as in `summarize`."""
     batch = padded(batch_size, placement.sizes["data"]) // placement.sizes["data"]
     widths = placement.padded_widths
     layers = [
@@ -175,20 +163,17 @@ def step_collectives(
         )
         for l, axes in enumerate(placement.axes, 1)
     ]
-    loss = (
-        []
-        if not with_loss
-        else loss_collectives(
-            num_outputs=widths[-1] if outputs_gathered else 0,
-            num_reduced=num_reduced,
-            batch=batch,
-            penalty=penalty,
-            sizes=placement.sizes,
-        )
+    objective = loss_collectives(
+        num_outputs=widths[-1] if loss is not None and loss.targets == "any" else 0,
+        num_reduced=0 if loss is None else loss.num_reduced,
+        num_scalars=0 if loss is None else 3,
+        batch=batch,
+        penalty=penalty,
+        sizes=placement.sizes,
     )
     forward = [c for layer in layers for c in layer if c.phase == "forward"]
     backward = [c for layer in reversed(layers) for c in layer if c.phase == "backward"]
-    return [*forward, *loss, *backward]
+    return [*forward, *objective, *backward]
 
 
 def _parts(placement: Placement, bias: bool, batch_size: int, item_bytes: int) -> list[Part]:

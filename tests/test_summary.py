@@ -9,7 +9,7 @@ import pytest
 
 import tpmlp
 from tests.cases import mesh_of, name_of
-from tpmlp.inspection.draw import draw_layers
+from tpmlp.draw import draw_layers
 from tpmlp.placement import place
 
 WIDTHS = (17, 12, 10)
