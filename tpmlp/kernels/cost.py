@@ -123,7 +123,7 @@ def loss_collectives(
         (
             "loss, weight, correct",
             "all_reduce",
-            ("data",) if sizes["data"] > 1 else (),
+            data_axes,
             num_scalars,
         ),
         ("R(W)", "all_reduce", tensor_axes, int(penalty)),
