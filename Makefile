@@ -27,9 +27,12 @@ PYTEST := $(BIN)/python -m pytest -n 2
 TRAIN_VARIABLES := DATA TARGET LOSS WIDTHS ACTIVATION X Y DATA_PARALLEL DEVICES LAYOUT L2 \
                    STEPS BATCH LR SEED SEEDS OUT
 
-# $(call flag,DATA_PARALLEL) is --data-parallel='TEXT', or nothing where the variable is empty.
-# TEXT arrives as typed: spaces, commas, dollar signs and apostrophes included.
-flag = $(if $(value $(1)),--$(shell echo $(1) | tr A-Z_ a-z-)='$(subst ','\'',$(value $(1)))')
+# $(call flag,DATA_PARALLEL) is --data-parallel='TEXT' if make's own command line gives it: a name
+# like OUT or X may be in anyone's environment. An empty TEXT is nothing, but for WIDTHS, where it
+# is a linear model. TEXT arrives as typed: spaces, commas, dollar signs and apostrophes included.
+given = $(findstring command line,$(origin $(1)))
+meant = $(and $(given),$(or $(value $(1)),$(filter WIDTHS,$(1))))
+flag = $(if $(meant),--$(shell echo $(1) | tr A-Z_ a-z-)='$(subst ','\'',$(value $(1)))')
 
 # $(call refuse,MESSAGE) ends a recipe line: what happens when its command fails.
 refuse = 2>/dev/null || { echo 'PYTHON must $(1)' >&2; exit 1; }
@@ -46,7 +49,7 @@ define CHECK_PYTHON
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train verify test test-gpu check format pins clean
+.PHONY: help setup train verify picture test test-gpu check format pins clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -77,6 +80,9 @@ train: $(READY) ## Train on handwritten digits, or on DATA=file.npz or file.csv;
 
 verify: $(READY) ## Compare every tensor with the unsharded reference, on all meshes
 	@$(BIN)/python -m experiments.verify
+
+picture: $(READY) ## Draw one layer on its devices: docs/layer.svg and results/layer.png
+	@$(BIN)/python -m experiments.picture
 
 test: $(READY) ## Run the suite and the doctests, on simulated CPU devices
 	@$(PYTEST) $(PYTEST_ARGS)

@@ -2,7 +2,7 @@
 
 Question: what does one device hold of W, h and z, and what must it gather and scatter?
 Method: one layer on x=4, y=2, drawn from the placement that the kernel itself uses.
-Command: python -m experiments.picture
+Command: make picture
 Prediction: every device holds 1/8 of each array; the four devices of a column of W hold
     together the part of h it multiplies, the two of a row the part of z it adds to.
 Finding: docs/layer.svg.
@@ -23,6 +23,7 @@ def main() -> None:
     # A fixed salt and no date: the same picture is the same file.
     with mpl.rc_context({"svg.hashsalt": "tpmlp"}):
         figure.savefig(Path("docs") / "layer.svg", metadata={"Date": None})
+    Path("results").mkdir(exist_ok=True)
     figure.savefig(Path("results") / "layer.png", dpi=150)
 
 

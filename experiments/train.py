@@ -8,6 +8,7 @@ Prediction: about 0.98 on the digits, as scikit-learn's own MLPClassifier reache
 Finding: see README.md, What is measured so far.
 """
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -15,60 +16,35 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import optax
-import tyro
-from matplotlib.figure import Figure
+from jax.sharding import Mesh
 
 import tpmlp
-from experiments.data import Dataset, Loss, load, save_class_map
+from experiments.command import INTERRUPTED, SettingError, parse, refuse, require
+from experiments.data import Dataset, load, save_class_map
+from experiments.figures import plot_confusion, plot_loss, plot_prediction
 from experiments.record import save_json
+from experiments.settings import Config
+
+# Everything a run may write; what an earlier run in the same folder left of it is removed.
+FILES = (
+    "history.jsonl",
+    "loss.png",
+    "confusion.png",
+    "prediction.png",
+    "model.npz",
+    "classes.json",
+    "summary.json",
+)
+# An accuracy is a share of samples; float32 sums leave digits after it that mean nothing.
+ACCURACY_DIGITS = 6
+
+Outcome = dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Train an MLP split over devices, on scikit-learn's digits or on your own data.
-
-    Attributes:
-        data: a .npz with x [n, d] and y, or a .csv with a header; the digits by default.
-        target: the column of a .csv to predict.
-        loss: cross_entropy, mse or logistic; by default the one that y asks for.
-        widths: hidden widths, separated by commas or spaces; the ends follow from the data.
-        activation: relu, gelu, silu, tanh, sigmoid, softplus or identity.
-        x: devices on the first tensor axis.
-        y: devices on the second tensor axis.
-        data_parallel: devices over which each batch is split.
-        devices: CPU devices to simulate; by default as many as the mesh has. 0 takes real ones.
-        layout: column, row, alternate, auto, or one word a layer, separated by commas.
-        l2: coefficient of sum_l |W_l|^2.
-        steps: training steps.
-        batch: samples of one step.
-        lr: Adam's learning rate, falling to 0 along a cosine.
-        seed: of the initial weights and the order of the samples.
-        seeds: number of runs, with seeds seed, seed + 1, ...; the figures are of the first.
-        out: folder for the results.
-    """
-
-    data: Path | None = None
-    target: str | None = None
-    loss: Loss | None = None
-    widths: str = "128,128"
-    activation: str = "relu"
-    x: int = 4
-    y: int = 2
-    data_parallel: int = 1
-    devices: int | None = None
-    layout: str = "auto"
-    l2: float = 1e-4
-    steps: int = 600
-    batch: int = 128
-    lr: float = 3e-3
-    seed: int = 0
-    seeds: int = 1
-    out: Path = Path("results/train")
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Job:
     """A configuration made into objects, all of them checked.
 
@@ -82,54 +58,112 @@ class Job:
 
     config: Config
     dataset: Dataset
-    mesh: Any
+    mesh: Mesh
     model: tpmlp.MLP
     strategy: tpmlp.Strategy
+
+    def __post_init__(self) -> None:
+        # Refuses a layout that the mesh cannot have.
+        self.model.summary(self.mesh, batch_size=1, strategy=self.strategy)
 
     @property
     def batch_size(self) -> int:
         """Samples of one step: no more than there are."""
         return min(self.config.batch, len(self.dataset.x_train))
 
+    @property
+    def regularizer(self) -> Any:
+        """R(W), or None."""
+        return tpmlp.l2(self.config.l2) if self.config.l2 else None
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """The mesh and the strategy, as keyword arguments."""
+        return {"mesh": self.mesh, "strategy": self.strategy}
+
+    @property
+    def training(self) -> tuple[np.ndarray, np.ndarray]:
+        """The samples to train on."""
+        return self.dataset.x_train, self.dataset.y_train
+
+    @property
+    def held_out(self) -> tuple[np.ndarray, np.ndarray]:
+        """The samples held out."""
+        return self.dataset.x_test, self.dataset.y_test
+
 
 def prepare(config: Config) -> Job:
-    """Load the data and make the mesh and the model.
+    """Load the data, make the mesh and the model, and make room for the results.
 
     Raises:
-        ValueError: what is wrong with the configuration or the data, in one line.
+        ValueError: what is wrong with the data, the model or the layout.
+        SettingError: too few real devices, or a folder that cannot be written.
+        RuntimeError: JAX has started with other devices.
     """
-    if config.seeds < 1:
-        raise ValueError(f"seeds must be at least 1: got seeds={config.seeds}.")
     dataset = load(config.data, target=config.target, loss=config.loss)
-    hidden = _integers(config.widths)
-    widths = (dataset.x_train.shape[1], *hidden, dataset.num_outputs)
+    widths = (dataset.x_train.shape[1], *config.hidden, dataset.num_outputs)
     model = tpmlp.MLP(widths, activation=config.activation)
-    words = tuple(config.layout.replace(",", " ").split())
-    strategy = tpmlp.Strategy(layout=words if len(words) > 1 else config.layout)
-    needed = config.data_parallel * config.x * config.y
-    if config.devices != 0:
-        tpmlp.simulate_devices(needed if config.devices is None else config.devices)
+    strategy = tpmlp.Strategy(layout=config.layout_words)
+    start_devices(config)
     mesh = tpmlp.make_mesh(data=config.data_parallel, x=config.x, y=config.y)
-    model.summary(mesh, batch_size=1, strategy=strategy)  # refuses a layout the mesh cannot have
-    return Job(config=config, dataset=dataset, mesh=mesh, model=model, strategy=strategy)
+    job = Job(config=config, dataset=dataset, mesh=mesh, model=model, strategy=strategy)
+    make_room(config.out)
+    return job
+
+
+def start_devices(config: Config) -> None:
+    """Simulate the devices, or see that there are enough real ones."""
+    if config.devices != 0:
+        tpmlp.simulate_devices(config.mesh_size if config.devices is None else config.devices)
+        return
+    require(
+        len(jax.devices()) >= config.mesh_size,
+        f"devices=0 takes real devices, of which the mesh needs {config.mesh_size}",
+        "Make the mesh smaller, or leave devices out to simulate them.",
+        devices=f"0 with {len(jax.devices())} real ones",
+        x=config.x,
+        y=config.y,
+        data_parallel=config.data_parallel,
+    )
+
+
+def make_room(out: Path) -> None:
+    """Make the folder for the results and remove what an earlier run wrote there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            (out / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise SettingError(
+            f"out must be a folder that can be written: got out={out} ({error.strerror}). "
+            "Name another."
+        ) from error
+    writable = os.access(out, os.W_OK)
+    require(writable, "out must be a folder that can be written", "Name another.", out=out)
 
 
 def describe(job: Job) -> str:
     """Return the mesh, the model, and what one device holds and receives."""
     data, mesh, model = job.dataset, job.mesh, job.model
-    loss = f"loss {data.loss} ({data.loss_reason})"
-    summary = model.summary(mesh, batch_size=job.batch_size, strategy=job.strategy, loss=data.loss)
+    summary = model.summary(
+        mesh,
+        batch_size=job.batch_size,
+        strategy=job.strategy,
+        loss=data.loss,
+        regularizer=job.regularizer,
+    )
     axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     return "\n".join(
         [
             f"data   {data.name}: {len(data.x_train)} samples to train on, {len(data.x_test)} "
-            f"held out, {model.widths[0]} features; {loss}",
+            f"held out, {model.widths[0]} features; loss {data.loss} ({data.loss_reason})",
             f"mesh   {axes}: {mesh.size} x {mesh.devices.flat[0].device_kind}",
             f"model  widths {model.widths}, {model.activation}, {model.num_parameters:,} "
             "parameters",
             "",
             "What one device holds",
             summary.arrays_table(),
+            summary.notes(),
             "",
             f"What one device receives in a step of {job.batch_size} samples",
             summary.collectives_table(),
@@ -138,36 +172,20 @@ def describe(job: Job) -> str:
     )
 
 
-def measure(job: Job, seed: int, history_file: Path | None = None) -> dict[str, Any]:
-    """Train once and return what is written down, plus the parameters under "params"."""
-    config, data = job.config, job.dataset
-    where: dict[str, Any] = {"mesh": job.mesh, "strategy": job.strategy}
-    held_out = (data.x_test, data.y_test)
+def measure(job: Job, seed: int, history_file: Path | None = None) -> Outcome:
+    """Train once and return what is written down, plus "history" and "params".
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C before the first step, so that there is nothing to measure.
+    """
     began = time.perf_counter()
-    result = tpmlp.fit(
-        job.model,
-        (data.x_train, data.y_train),
-        loss=data.loss,
-        optimizer=optax.adam(optax.cosine_decay_schedule(config.lr, config.steps)),
-        steps=config.steps,
-        batch_size=job.batch_size,
-        regularizer=tpmlp.l2(config.l2) if config.l2 else None,
-        validation=held_out,
-        callbacks=[tpmlp.JSONLines(history_file)] if history_file else [],
-        seed=seed,
-        **where,
-    )
+    result = train(job, seed, history_file)
     seconds = time.perf_counter() - began
-    train = tpmlp.evaluate(
-        job.model, result.params, (data.x_train, data.y_train), loss=data.loss, **where
-    )
-    test = tpmlp.evaluate(job.model, result.params, held_out, loss=data.loss, **where)
+    if result.stopped == "interrupted" and result.steps == 0:
+        raise KeyboardInterrupt
     return {
         "seed": seed,
-        "test_accuracy": test.accuracy,
-        "test_loss": test.loss,
-        "train_accuracy": train.accuracy,
-        "train_loss": train.loss,
+        **score(job, result),
         "steps": result.steps,
         "stopped": result.stopped,
         "seconds": seconds,
@@ -176,70 +194,47 @@ def measure(job: Job, seed: int, history_file: Path | None = None) -> dict[str, 
     }
 
 
-def plot_loss(history: Sequence[dict[str, Any]]) -> Figure:
-    """Draw the loss of the batches and of the held-out data against the step."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for key, label in (("loss", "training batch"), ("validation_loss", "held-out data")):
-        points = [(r["step"], r[key]) for r in history if r.get(key) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=f"{label}, last {points[-1][1]:.3g}")
-    axes.set_yscale("log")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss, without the regulariser")
-    axes.set_title("Loss during training")
-    axes.legend()
-    return figure
+def train(job: Job, seed: int, history_file: Path | None) -> tpmlp.FitResult:
+    """Train once, from weights and an order of the samples that the seed gives."""
+    config = job.config
+    return tpmlp.fit(
+        job.model,
+        job.training,
+        loss=job.dataset.loss,
+        optimizer=optax.adam(optax.cosine_decay_schedule(config.lr, config.steps)),
+        steps=config.steps,
+        batch_size=job.batch_size,
+        regularizer=job.regularizer,
+        validation=job.held_out,
+        callbacks=[tpmlp.JSONLines(history_file)] if history_file else [],
+        seed=seed,
+        **job.where,
+    )
 
 
-def plot_confusion(y: np.ndarray, predicted: np.ndarray, classes: Sequence[str]) -> Figure:
-    """Draw how many held-out samples of each class were taken for which."""
-    count = len(classes)
-    table = np.zeros((count, count), int)
-    np.add.at(table, (y, predicted), 1)
-    figure = Figure(figsize=(6.5, 5.5), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(np.where(table, table, np.nan), cmap="Blues", vmin=0)
-    figure.colorbar(image, label="samples")
-    if count <= 20:
-        axes.set_xticks(range(count), classes, rotation=45 if max(map(len, classes)) > 2 else 0)
-        axes.set_yticks(range(count), classes)
-        for (row, column), samples in np.ndenumerate(table):
-            if samples:
-                color = "white" if samples > table.max() / 2 else "black"
-                axes.text(column, row, str(samples), ha="center", va="center", color=color)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-    wrong = int((y != predicted).sum())
-    axes.set_title(f"{wrong} of {len(y)} held-out samples are taken for another class")
-    return figure
+def score(job: Job, result: tpmlp.FitResult) -> Outcome:
+    """Return loss and accuracy on both parts of the data; None after a divergence."""
+    found: Outcome = {}
+    for part, samples in (("test", job.held_out), ("train", job.training)):
+        found |= {f"{part}_accuracy": None, f"{part}_loss": None}
+        if result.stopped == "diverged":
+            continue
+        loss = job.dataset.loss
+        measured = tpmlp.evaluate(job.model, result.params, samples, loss=loss, **job.where)
+        found[f"{part}_loss"] = measured.loss
+        if measured.accuracy is not None:
+            found[f"{part}_accuracy"] = round(measured.accuracy, ACCURACY_DIGITS)
+    return found
 
 
-def plot_prediction(y: np.ndarray, predicted: np.ndarray) -> Figure:
-    """Draw predicted against true values of the held-out samples."""
-    figure = Figure(figsize=(5.5, 5.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(y.ravel(), predicted.ravel(), ".", label="held-out sample")
-    ends = [min(y.min(), predicted.min()), max(y.max(), predicted.max())]
-    axes.plot(ends, ends, color="black", linewidth=1, label="predicted = true")
-    axes.set_xlabel("true value")
-    axes.set_ylabel("predicted value")
-    error = float(np.sqrt(np.mean((y - predicted) ** 2)))
-    axes.set_title(f"Held-out samples: root mean squared error {error:.3g}")
-    axes.legend()
-    return figure
-
-
-def save_figures(job: Job, run: dict[str, Any]) -> None:
-    """Draw the loss, and the predictions on the held-out data."""
+def save_predictions(job: Job, params: Any) -> None:
+    """Draw the predictions on the held-out data beside the truth."""
     out, data = job.config.out, job.dataset
-    plot_loss(run["history"]).savefig(out / "loss.png", dpi=150)
-    where: dict[str, Any] = {"mesh": job.mesh, "strategy": job.strategy}
     if data.loss == "mse":
-        predicted = tpmlp.predict(job.model, run["params"], data.x_test, **where)
+        predicted = tpmlp.predict(job.model, params, data.x_test, **job.where)
         plot_prediction(data.y_test, predicted).savefig(out / "prediction.png", dpi=150)
     elif data.classes is not None:
-        predicted = _classes(job, tpmlp.predict(job.model, run["params"], data.x_test, **where))
+        predicted = tpmlp.predict(job.model, params, data.x_test, kind="classes", **job.where)
         figure = plot_confusion(data.y_test.astype(int).ravel(), predicted, data.classes)
         figure.savefig(out / "confusion.png", dpi=150)
 
@@ -256,60 +251,55 @@ def save_model(job: Job, params: Any) -> None:
         save_class_map(job.dataset, job.config.out / "classes.json")
 
 
-def run_all(job: Job) -> None:
-    """Train for each seed, print, and write everything down."""
+def run_all(job: Job) -> str:
+    """Train for each seed, print, and write everything down; return why the last run stopped."""
     config = job.config
-    config.out.mkdir(parents=True, exist_ok=True)
     print(describe(job))
-    runs = []
+    runs: list[Outcome] = []
     for seed in range(config.seed, config.seed + config.seeds):
-        first = seed == config.seed
-        history_file = config.out / "history.jsonl"
-        run = measure(job, seed, history_file if first else None)
-        if first:
-            save_figures(job, run)
-            save_model(job, run["params"])
-        runs.append({k: v for k, v in run.items() if k not in ("history", "params")})
-        print(f"seed {seed}: {_outcome(run)}, {run['steps']} steps in {run['seconds']:.1f} s")
-        if run["stopped"] == "interrupted":
+        try:
+            runs.append(run_one(job, seed))
+        except KeyboardInterrupt:
+            if not runs:
+                raise
             break
-    save_json(config.out / "summary.json", _summary(job, runs), sum(r["seconds"] for r in runs))
-    if len(runs) > 1 and runs[0]["test_accuracy"] is not None:
-        accuracy = [run["test_accuracy"] for run in runs]
-        print(
-            f"held-out accuracy of {len(runs)} seeds: mean {np.mean(accuracy):.4f}, "
-            f"from {min(accuracy):.4f} to {max(accuracy):.4f}"
-        )
-    print(
-        f"results are in {config.out}/: {', '.join(sorted(p.name for p in config.out.iterdir()))}"
-    )
+        if runs[-1]["stopped"] in ("interrupted", "diverged"):
+            break
+    save_json(config.out / "summary.json", summary(job, runs), sum(r["seconds"] for r in runs))
+    print_end(job, runs)
+    return runs[-1]["stopped"]
 
 
-def main() -> int:
-    """Parse the command line and run; return the exit status."""
-    config = tyro.cli(Config, description=__doc__)
-    try:
-        job = prepare(config)
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    run_all(job)
-    return 0
+def run_one(job: Job, seed: int) -> Outcome:
+    """Train for one seed, print how good it is, and write the first seed's figures and model."""
+    first = seed == job.config.seed
+    run = measure(job, seed, job.config.out / "history.jsonl" if first else None)
+    if first:
+        save_first(job, run)
+    print(f"seed {seed}: {outcome(job, run)}, {run['steps']} steps in {run['seconds']:.1f} s")
+    return {k: v for k, v in run.items() if k not in ("history", "params")}
 
 
-def _summary(job: Job, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    def mean(key: str) -> float | None:
-        return None if runs[0][key] is None else float(np.mean([run[key] for run in runs]))
+def save_first(job: Job, run: Outcome) -> None:
+    """Write the figures of a run and its model; one that diverged has no model."""
+    plot_loss(run["history"]).savefig(job.config.out / "loss.png", dpi=150)
+    if run["stopped"] != "diverged":
+        save_predictions(job, run["params"])
+        save_model(job, run["params"])
 
+
+def summary(job: Job, runs: Sequence[Outcome]) -> dict[str, Any]:
+    """Return what summary.json says: means over the runs, then each run."""
+    # Ctrl-C between two seeds leaves fewer runs than were asked for, each of them finished.
+    missing = len(runs) < job.config.seeds and runs[-1]["stopped"] == "finished"
     return {
-        "test_accuracy": mean("test_accuracy"),
-        "test_loss": mean("test_loss"),
-        "train_loss": mean("train_loss"),
+        "test_accuracy": _mean(runs, "test_accuracy", ACCURACY_DIGITS),
+        "test_loss": _mean(runs, "test_loss"),
+        "train_loss": _mean(runs, "train_loss"),
         "steps": runs[0]["steps"],
+        "stopped": "interrupted" if missing else runs[-1]["stopped"],
         "mesh": dict(job.mesh.shape),
-        "roles": job.model.summary(
-            job.mesh, batch_size=job.batch_size, strategy=job.strategy
-        ).roles,
+        "roles": job.model.summary(job.mesh, batch_size=1, strategy=job.strategy).roles,
         "widths": job.model.widths,
         "loss": job.dataset.loss,
         "loss_reason": job.dataset.loss_reason,
@@ -318,26 +308,62 @@ def _summary(job: Job, runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _outcome(run: dict[str, Any]) -> str:
+def outcome(job: Job, run: Outcome) -> str:
+    """Return in words how good a run is."""
+    if run["stopped"] == "diverged":
+        return "diverged"
     if run["test_accuracy"] is None:
         return f"held-out loss {run['test_loss']:.4g} (training {run['train_loss']:.4g})"
-    return f"held-out accuracy {run['test_accuracy']:.4f} (training {run['train_accuracy']:.4f})"
+    columns = job.dataset.loss == "logistic" and job.dataset.classes is None
+    share = ", share of right outputs" if columns else ""
+    return (
+        f"held-out accuracy {run['test_accuracy']:.4f}{share} "
+        f"(training {run['train_accuracy']:.4f})"
+    )
 
 
-def _classes(job: Job, outputs: np.ndarray) -> np.ndarray:
-    """Return the class of each row of outputs: the largest, or for one output its sign."""
-    one = job.model.widths[-1] == 1
-    return (outputs[:, 0] > 0).astype(int) if one else outputs.argmax(axis=1)
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    parts = text.replace(",", " ").split()
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(
-            f"widths must be positive integers separated by commas or spaces: got widths={text!r}. "
-            "Use for example --widths 128,128."
+def print_end(job: Job, runs: Sequence[Outcome]) -> None:
+    """Print the mean of several runs, what was written, and what to do about a divergence."""
+    accuracy = [run["test_accuracy"] for run in runs if run["test_accuracy"] is not None]
+    if len(accuracy) > 1:
+        print(
+            f"held-out accuracy of {len(accuracy)} seeds: mean {np.mean(accuracy):.4f}, "
+            f"from {min(accuracy):.4f} to {max(accuracy):.4f}"
         )
-    return tuple(map(int, parts))
+    out, last = job.config.out, runs[-1]
+    written = ", ".join(sorted(name for name in FILES if (out / name).exists()))
+    print(f"results are in {out}/: {written}")
+    if last["stopped"] == "diverged":
+        lr = job.config.lr
+        way_out = min(lr / 10, Config().lr)
+        print(f"diverged at step {last['steps']}: got lr={lr:g}. Try lr={way_out:g}.")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the program; return 0, 1 if training diverged, 2 if refused, 130 after Ctrl-C."""
+    try:
+        job = prepare(parse(Config, "experiments.train", args))
+    except (SettingError, ValueError, RuntimeError) as error:
+        return refuse(error)
+    except KeyboardInterrupt:
+        return _interrupted()
+    try:
+        return 1 if run_all(job) == "diverged" else 0
+    except KeyboardInterrupt:
+        return _interrupted()
+
+
+def _interrupted() -> int:
+    print("interrupted: the run has no result.", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _mean(runs: Sequence[Outcome], key: str, digits: int | None = None) -> float | None:
+    values = [run[key] for run in runs if run[key] is not None]
+    if not values:
+        return None
+    mean = float(np.mean(values))
+    return mean if digits is None else round(mean, digits)
 
 
 if __name__ == "__main__":

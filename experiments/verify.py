@@ -2,9 +2,10 @@
 
 Question: does any of the meshes (data, x, y) with at most 8 devices, in any layout, compute a
     number that the unsharded recursion does not?
-Method: one training step of a small MLP whose widths no mesh divides evenly; every h_l, z_l,
-    sigma'(z_l), g_l, dW_l, db_l and the loss against tpmlp.reference. float64 end to end; integers
-    bit for bit; float32 each operation from its own inputs (see tpmlp.inspection.verify).
+Method: one training step of a small MLP; no mesh with more than one tensor device divides all of
+    its widths. Every h_l, z_l, sigma'(z_l), g_l, dW_l, db_l and the loss against tpmlp.reference.
+    float64 end to end; integers bit for bit; float32 each operation from its own inputs (see
+    tpmlp.inspection.verify).
 Command: make verify
 Prediction: float64 errors of some units of roundoff, far below 1e-12; integers 0; float32 errors
     below the bound of a single sum, that is below 1.
@@ -12,10 +13,11 @@ Finding: see README.md, What is measured so far.
 """
 
 import json
+import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,12 +25,11 @@ from typing import Any
 
 import jax
 import matplotlib as mpl
-import numpy as np
-import tyro
 from matplotlib.figure import Figure
 from rich.progress import track
 
 import tpmlp
+from experiments.command import SettingError, parse, refuse, require
 from experiments.record import save_json
 from tpmlp.inspection.verify import KINDS
 from tpmlp.placement import place
@@ -38,7 +39,7 @@ Sizes = tuple[int, int, int]  # data, x, y
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """Compare the sharded kernel with the reference on every mesh of at most DEVICES devices.
 
@@ -48,7 +49,7 @@ class Config:
         loss: the loss, but for the integers, whose loss is the output.
         batch_size: samples.
         devices: simulated devices.
-        processes: processes to share the meshes among.
+        processes: processes to share the meshes among; 1 is this one, and starts no other.
         out: folder for verify.json, verify.png and verify.svg.
     """
 
@@ -59,6 +60,11 @@ class Config:
     devices: int = 8
     processes: int = 2
     out: Path = Path("results/verify")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "devices", "processes"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name} must be at least 1", "Use 1 or more.", **{name: value})
 
 
 def meshes(devices: int) -> list[Sizes]:
@@ -112,12 +118,15 @@ def verify_mesh(config: Config, sizes: Sizes) -> list[Row]:
 
 def measure(config: Config) -> Iterator[list[Row]]:
     """Yield the rows of each mesh, in the order in which they are done."""
+    # The largest meshes compile longest: they go first, so that no process waits at the end.
+    work = sorted(meshes(config.devices), key=math.prod, reverse=True)
+    if config.processes == 1:
+        yield from (verify_mesh(config, sizes) for sizes in work)
+        return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
         config.processes, mp_context=context, initializer=_start, initargs=(config.devices,)
     ) as pool:
-        # The largest meshes compile longest: they go first, so that no process waits at the end.
-        work = sorted(meshes(config.devices), key=np.prod, reverse=True)
         jobs = [pool.submit(verify_mesh, config, sizes) for sizes in work]
         for job in as_completed(jobs):
             yield job.result()
@@ -129,7 +138,7 @@ def worst_table(rows: Iterable[Row]) -> str:
     for row in rows:
         tensor = row["tensor"].rstrip("0123456789").rstrip("_")
         key = (row["kind"], tensor)
-        if key not in worst or not row["error"] <= worst[key]["error"]:
+        if key not in worst or _severity(row) > _severity(worst[key]):
             worst[key] = row
     cells = [
         (
@@ -152,15 +161,13 @@ def worst_table(rows: Iterable[Row]) -> str:
 
 def plot(rows: list[Row]) -> Figure:
     """Draw the worst error of every mesh as a share of its bound, with the bound."""
-    sizes = sorted({(r["data"], r["x"], r["y"]) for r in rows}, key=lambda s: (np.prod(s), s))
+    sizes = sorted({(r["data"], r["x"], r["y"]) for r in rows}, key=lambda s: (math.prod(s), s))
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for kind, marker in (("float64", "o"), ("float32", "s")):
         worst = [
             max(
-                r["error"] / r["bound"]
-                for r in rows
-                if (r["data"], r["x"], r["y"]) == size and r["kind"] == kind
+                _share(r) for r in rows if (r["data"], r["x"], r["y"]) == size and r["kind"] == kind
             )
             for size in sizes
         ]
@@ -180,30 +187,76 @@ def plot(rows: list[Row]) -> Figure:
     return figure
 
 
-def main(config: Config) -> int:
-    """Run, print, save; return the exit status."""
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the program; return 0, 1 if a tensor is outside its bound, 2 if refused."""
+    try:
+        config = parse(Config, "experiments.verify", args)
+        prepare(config)
+    except (SettingError, ValueError, RuntimeError) as error:
+        return refuse(error)
     began = time.perf_counter()
-    total = len(meshes(config.devices))
-    rows: list[Row] = []
-    for of_mesh in track(measure(config), description="meshes", total=total):
-        rows += of_mesh
-        if wrong := [row for row in of_mesh if not row["ok"]]:
-            print(worst_table(wrong), file=sys.stderr)
+    rows = collect(config)
     seconds = time.perf_counter() - began
-    save_json(config.out / "verify.json", {"config": asdict(config), "rows": rows}, seconds)
-    figure = plot(json.loads((config.out / "verify.json").read_text())["rows"])
-    with mpl.rc_context({"svg.hashsalt": "tpmlp"}):
-        figure.savefig(config.out / "verify.png", dpi=150)
-        figure.savefig(config.out / "verify.svg")
+    save(config, rows, seconds)
     wrong = sum(not row["ok"] for row in rows)
     programs = len({(r["data"], r["x"], r["y"], tuple(r["words"]), r["kind"]) for r in rows})
     print(worst_table(rows))
     print(
-        f"\n{total} meshes, {programs} programs, {len(rows)} tensors compared in {seconds:.0f} s: "
-        f"{wrong} outside their bound"
+        f"\n{len(meshes(config.devices))} meshes, {programs} programs, {len(rows)} tensors "
+        f"compared in {seconds:.0f} s: {wrong} outside their bound"
     )
     print(f"rows and figure are in {config.out}/")
     return 1 if wrong else 0
+
+
+def prepare(config: Config) -> None:
+    """Start the devices, check the model and the loss, and make the folder.
+
+    Raises:
+        ValueError: what is wrong with the model or the loss.
+        SettingError: the folder cannot be made.
+        RuntimeError: JAX has started with other devices.
+    """
+    _start(config.devices)
+    model = tpmlp.MLP(config.widths, activation=config.activation)
+    model.summary(tpmlp.make_mesh(x=1), batch_size=config.batch_size, loss=config.loss)
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError(
+            f"out must be a folder that can be made: got out={config.out} ({error.strerror}). "
+            "Name another."
+        ) from error
+
+
+def collect(config: Config) -> list[Row]:
+    """Measure all meshes, showing progress, and what is wrong as soon as it is found."""
+    rows: list[Row] = []
+    total = len(meshes(config.devices))
+    for of_mesh in track(measure(config), description="meshes", total=total):
+        rows += of_mesh
+        if wrong := [row for row in of_mesh if not row["ok"]]:
+            print(worst_table(wrong), file=sys.stderr)
+    return rows
+
+
+def save(config: Config, rows: list[Row], seconds: float) -> None:
+    """Write the rows as JSON, and the figure from that file."""
+    save_json(config.out / "verify.json", {"config": asdict(config), "rows": rows}, seconds)
+    figure = plot(json.loads((config.out / "verify.json").read_text(encoding="utf-8"))["rows"])
+    with mpl.rc_context({"svg.hashsalt": "tpmlp"}):
+        figure.savefig(config.out / "verify.png", dpi=150)
+        figure.savefig(config.out / "verify.svg")
+
+
+def _severity(row: Row) -> float:
+    """Return the error; infinite for NaN, which no comparison would keep."""
+    return math.inf if math.isnan(row["error"]) else row["error"]
+
+
+def _share(row: Row) -> float:
+    """Return error / bound; infinite for an error that was not finite, null in the file."""
+    return math.inf if row["error"] is None else row["error"] / row["bound"]
 
 
 def _start(devices: int) -> None:
@@ -212,6 +265,4 @@ def _start(devices: int) -> None:
 
 
 if __name__ == "__main__":
-    chosen = tyro.cli(Config, description=__doc__)
-    _start(chosen.devices)
-    sys.exit(main(chosen))
+    sys.exit(main())
