@@ -18,6 +18,7 @@ import tpmlp
 from tests.cases import mesh_of
 from tpmlp.placement import place
 from tpmlp.train import probe
+from tpmlp.train.optimizer import standard_promotion
 from tpmlp.train.probe import culprits, describe, make_optimizer, members
 
 SGD = optax.sgd(1e-2)
@@ -52,8 +53,18 @@ def test_what_padding_would_change_is_refused_by_name(tx: Callable[[], Any], nam
 
 
 @pytest.mark.parametrize("tx", [optax.adafactor(1e-2), CENTRAL, optax.contrib.muon(1e-2)])
-def test_where_nothing_is_padded_the_same_ones_are_accepted(tx: Any) -> None:
-    make(tx, sizes=(2, 2, 1))
+def test_where_nothing_is_padded_the_same_ones_do_what_optax_does(tx: Any) -> None:
+    optimizer = make(tx, sizes=(2, 2, 1))
+    mesh = optimizer.placement.mesh
+    W = np.random.default_rng(0).normal(size=(6, 10)).astype(np.float32)
+    params = tpmlp.from_numpy(MODEL, [(W, None)], mesh)
+    ((updated, _),), _ = jax.jit(optimizer.apply)(
+        params, optimizer.init(params), params, jnp.float32(1)
+    )
+    with standard_promotion():
+        wanted, _ = tx.update(((W, None),), tx.init(((W, None),)), ((W, None),))
+    # Sums in float32, of at most 60 terms, in another order.
+    np.testing.assert_allclose(updated, W + wanted[0][0], rtol=1e-5, atol=1e-6)
 
 
 def test_a_rule_for_large_arrays_is_seen_whatever_its_threshold() -> None:
