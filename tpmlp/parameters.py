@@ -6,6 +6,7 @@ padded with zeros to widths that the mesh divides. Gradients have the same struc
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from math import lcm
 from typing import Any
 
 import jax
@@ -208,7 +209,8 @@ def _move(
 ) -> jax.Array:
     if array.shape == shape:
         return _transfer(array, sharding)
-    between = tuple(padded(n, np.lcm(_blocks(array.sharding), _blocks(sharding))) for n in logical)
+    blocks = lcm(array.sharding.num_devices, sharding.num_devices)
+    between = tuple(padded(n, blocks) for n in logical)
     array = _resize(array, logical, between, array.sharding)
     return _resize(_transfer(array, sharding), logical, shape, sharding)
 
@@ -229,16 +231,8 @@ def _identity(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(lambda array: array, out_shardings=sharding)
 
 
-def _blocks(sharding: Any) -> int:
-    return sharding.num_devices
-
-
 @partial(jax.jit, static_argnums=(1, 2, 3))
-def _resized(array: jax.Array, logical: Any, shape: Any, sharding: Any) -> jax.Array:
+def _resize(array: jax.Array, logical: Any, shape: Any, sharding: Any) -> jax.Array:
     cut = array[tuple(slice(n) for n in logical)]
     cut = jnp.pad(cut, [(0, n - m) for m, n in zip(logical, shape, strict=True)])
     return jax.lax.with_sharding_constraint(cut, sharding)
-
-
-def _resize(array: jax.Array, logical: Any, shape: Any, sharding: Any) -> jax.Array:
-    return _resized(array, tuple(logical), tuple(shape), sharding)

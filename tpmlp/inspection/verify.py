@@ -183,10 +183,9 @@ class _Data:
                 return rng.integers(-2, 3, shape).astype(dtype)
             return (rng.normal(size=shape) * scale).astype(dtype)
 
-        pairs = zip(model.widths, model.widths[1:], strict=False)
         arrays = [
             (draw(d_out, d_in, scale=d_in**-0.5), draw(d_out) if model.bias else None)
-            for d_in, d_out in pairs
+            for d_out, d_in in model.layer_shapes
         ]
         x, d_out = draw(batch_size, model.widths[0]), model.widths[-1]
         y = {
