@@ -177,7 +177,7 @@ def fill(array: Any, shape: tuple[int, ...], library: ModuleType) -> Any:
 
 def _padded_shapes(placement: Placement, loss: Loss, batch: Batch) -> Batch:
     shapes = _shapes(batch)
-    rows = padded((shapes.x or (0,))[0], placement.sizes["data"])
+    rows = padded((shapes.x or (0,))[0], placement.row_blocks)
     d_in, d_out = placement.padded_widths[0], placement.padded_widths[-1]
     tail = {"values": (d_out,), "any": (shapes.y or ())[1:]}.get(loss.targets or "none", ())
     return Batch((rows, d_in), None if loss.targets is None else (rows, *tail), (rows,))

@@ -11,10 +11,13 @@ axis, or claims one, is refused before anything runs. The keywords bind roles to
 A collective over an axis of size 1 is nothing, and nothing is what is emitted.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tpmlp import xla
 from tpmlp.layout import (
     Layout,
     Signature,
@@ -26,7 +29,17 @@ from tpmlp.layout import (
     scattered,
 )
 
-__all__ = ["all_gather", "all_reduce", "all_reduce_max", "block_index", "einsum", "reduce_scatter"]
+__all__ = [
+    "all_gather",
+    "all_reduce",
+    "all_reduce_max",
+    "block_index",
+    "einsum",
+    "reduce_scatter",
+    "shift",
+    "transpose",
+    "zeros",
+]
 
 
 def all_gather(signature: str, x: jax.Array, **axes: str) -> jax.Array:
@@ -46,9 +59,15 @@ def all_gather(signature: str, x: jax.Array, **axes: str) -> jax.Array:
     dim, roles = gathered(parsed)
     _check_operand(parsed, parsed.operands[0], x, axes)
     names = _live(roles, axes)
+    if not names:
+        return x
     # "invarying" makes the result provably equal on all devices of the axis, which later
     # signatures rely on; the plain all_gather leaves the value marked as device-dependent.
-    return lax.all_gather(x, names, axis=dim, tiled=True, to="invarying") if names else x
+    # XLA's CPU collectives would widen bfloat16 to float32: there its bits are moved.
+    as_bits = x.dtype == jnp.bfloat16 and xla.on_cpu()
+    bits = lax.bitcast_convert_type(x, jnp.uint16) if as_bits else x
+    whole = lax.all_gather(bits, names, axis=dim, tiled=True, to="invarying")
+    return lax.bitcast_convert_type(whole, x.dtype) if as_bits else whole
 
 
 def reduce_scatter(signature: str, x: jax.Array, **axes: str) -> jax.Array:
@@ -101,14 +120,35 @@ def all_reduce_max(signature: str, x: jax.Array, **axes: str) -> jax.Array:
     return lax.pmax(x, names) if names else x
 
 
-def einsum(signature: str, *operands: jax.Array, **axes: str) -> jax.Array:
+def shift(layout: str, x: jax.Array, role: str, by: int, **axes: str) -> jax.Array:
+    """Receive the block of the device `by` places further along an axis, round the ring.
+
+    As a function on the list of blocks along the axis: out[i] = blocks[(i + by) % p].
+
+    Args:
+        layout: of x, before and after, for example "I/s/g B/d".
+        x: the local block.
+        role: the axis to go along.
+        by: places, positive or negative.
+        **axes: mesh axis of each role.
+
+    Raises:
+        LayoutError: the layout does not describe x.
+    """
+    _check_operand(parse_signature(f"{layout} -> {layout}"), parse_layout(layout), x, axes)
+    size = lax.axis_size(axes[role])
+    return lax.ppermute(x, axes[role], [((i + by) % size, i) for i in range(size)])
+
+
+def einsum(signature: str, *operands: jax.Array, dtype: Any = None, **axes: str) -> jax.Array:
     """Multiply and sum local blocks; what is summed over a split dim is a partial sum.
 
     No communication: a contraction over "I/s" must leave "+s" in the result.
 
     Args:
         signature: for example "O/g I/s, I/s B/d -> O/g B/d +s".
-        *operands: the local blocks.
+        *operands: the local blocks; the first of two is converted to the type of the second.
+        dtype: of the sums, and so of the result; that of the operands by default.
         **axes: mesh axis of each role.
 
     Raises:
@@ -120,7 +160,37 @@ def einsum(signature: str, *operands: jax.Array, **axes: str) -> jax.Array:
         raise parsed.refuse(f"names {len(parsed.operands)} operands: got {len(operands)}.")
     for layout, x in zip(parsed.operands, operands, strict=True):
         _check_operand(parsed, layout, x, axes)
-    return jnp.einsum(formula, *operands)
+    if len(operands) == 2:
+        return xla.product(formula, *operands, dtype)
+    return jnp.einsum(formula, *operands, preferred_element_type=dtype)
+
+
+def transpose(signature: str, x: jax.Array, **axes: str) -> jax.Array:
+    """Exchange the two dims of a local block.
+
+    Args:
+        signature: for example "B/d I/s/g -> I/s/g B/d".
+        x: the local block.
+        **axes: mesh axis of each role.
+
+    Raises:
+        LayoutError: the signature is no transpose, or does not describe x.
+    """
+    parsed = parse_signature(signature)
+    _check_operand(parsed, parsed.operands[0], x, axes)
+    if parsed.operands[0].dims != parsed.result.dims[::-1]:
+        raise parsed.refuse("is no transpose. Write the same two dims the other way round.")
+    return x.T
+
+
+def zeros(layout: str, shape: tuple[int, ...], dtype: Any, **axes: str) -> jax.Array:
+    """Return zeros that may come to differ over every axis of a layout, as a loop's start must."""
+    names = _live(tuple(sorted(parse_layout(layout).axes)), axes)
+    return (
+        lax.pcast(jnp.zeros(shape, dtype), names, to="varying")
+        if names
+        else jnp.zeros(shape, dtype)
+    )
 
 
 def block_index(dim: str, **axes: str) -> jax.Array | int:

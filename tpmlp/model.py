@@ -184,11 +184,9 @@ class MLP:
 
 def param_shardings(model: MLP, placement: Placement) -> Any:
     """Return the sharding of every parameter, in their structure."""
+    W, b = placement.param_layouts
     return tuple(
-        (
-            placement.sharding("O/g I/s", l),
-            placement.sharding("O/g/s", l) if model.bias else None,
-        )
+        (placement.sharding(W, l), placement.sharding(b, l) if model.bias else None)
         for l in range(1, model.num_layers + 1)
     )
 

@@ -70,12 +70,12 @@ def from_numpy(
         fill = [(0, n - m) for m, n in zip(shape, whole, strict=True)]
         return jax.device_put(np.pad(array, fill), sharding)
 
-    layers = []
+    layers, shardings = [], param_shardings(model, placement)
     for l, ((W, b), logical) in enumerate(zip(arrays, model.layer_shapes, strict=True), 1):
         W_whole, b_whole = placement.layer_shapes(l)
-        W = put(f"W_{l}", W, logical, W_whole, placement.sharding("O/g I/s", l))
+        W = put(f"W_{l}", W, logical, W_whole, shardings[l - 1][0])
         if b is not None:
-            b = put(f"b_{l}", b, logical[:1], b_whole, placement.sharding("O/g/s", l))
+            b = put(f"b_{l}", b, logical[:1], b_whole, shardings[l - 1][1])
         layers.append((W, b))
     return tuple(layers)
 
@@ -155,11 +155,16 @@ def _check_padded(model: MLP, params: Any) -> None:
                 )
             sizes = array.sharding.mesh.shape
             num_blocks = sizes.get("x", 1) * sizes.get("y", 1)
-            shape = tuple(padded(n, num_blocks) for n in logical[: array.ndim])
-            if array.shape != shape:
+            # Strategies that split parameters over data pad for that axis too.
+            shapes = [
+                tuple(padded(n, blocks) for n in logical[: array.ndim])
+                for blocks in (num_blocks, num_blocks * sizes.get("data", 1))
+            ]
+            if array.shape not in shapes:
                 raise ValueError(
-                    f"{name} must have the padded shape {shape} on its mesh: got {array.shape}, "
-                    f"widths={model.widths}. These are the parameters of another model."
+                    f"{name} must have the padded shape {shapes[0]} on its mesh: got "
+                    f"{array.shape}, widths={model.widths}. These are the parameters of another "
+                    "model."
                 )
 
 

@@ -33,16 +33,38 @@ class Placement:
         widths: logical widths d_0 .. d_{L+1}.
         mesh: the mesh.
         words: "column" or "row" for each layer.
+        strategy: the strategy that the words come from.
     """
 
     widths: tuple[int, ...]
     mesh: Mesh
     words: tuple[str, ...]
+    strategy: Strategy
 
     @property
     def num_blocks(self) -> int:
-        """M = X * Y, the devices over which features are split."""
-        return self.mesh.shape["x"] * self.mesh.shape["y"]
+        """What padded widths are multiples of: M = X * Y; times the data axis if it splits W."""
+        return self.sizes["x"] * self.sizes["y"] * (self.sizes["data"] if self.splits_data else 1)
+
+    @property
+    def row_blocks(self) -> int:
+        """What the padded number of samples is a multiple of."""
+        return self.sizes["data"] * self.strategy.microbatches
+
+    @property
+    def splits_data(self) -> bool:
+        """Whether parameters are split over the data axis."""
+        return self.strategy.shard_weights and self.sizes["data"] > 1
+
+    @property
+    def param_layouts(self) -> tuple[str, str]:
+        """Layouts of (W_l, b_l): as the layer multiplies them, or split over data besides."""
+        return ("O/g/d I/s", "O/g/s/d") if self.splits_data else ("O/g I/s", "O/g/s")
+
+    @property
+    def platform(self) -> str:
+        """The kind of device: "cpu", "tpu", "gpu"."""
+        return self.mesh.devices.flat[0].platform
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -81,7 +103,8 @@ class Placement:
     def layer_specs(self) -> tuple[tuple[PartitionSpec, PartitionSpec], ...]:
         """PartitionSpecs of (W_l, b_l), for each layer."""
         layers = range(1, len(self.words) + 1)
-        return tuple((self.spec("O/g I/s", l), self.spec("O/g/s", l)) for l in layers)
+        W, b = self.param_layouts
+        return tuple((self.spec(W, l), self.spec(b, l)) for l in layers)
 
     def layer_shapes(self, layer: int) -> tuple[tuple[int, int], tuple[int]]:
         """Return the padded shapes of (W_l, b_l)."""
@@ -116,7 +139,22 @@ def place(widths: tuple[int, ...], mesh: Mesh, strategy: Strategy | None = None)
             f"mesh axis stage must be 1, as no schedule uses it: got stage={mesh.shape['stage']}. "
             "Give these devices to x, y or data."
         )
-    return _place(widths, mesh, strategy or Strategy())
+    return _place(widths, mesh, _checked(strategy or Strategy(), mesh))
+
+
+def _checked(strategy: Strategy, mesh: Mesh) -> Strategy:
+    """Return the strategy, or refuse what the mesh's platform cannot do."""
+    platform = mesh.devices.flat[0].platform
+    if strategy.keep == "offload" and platform != "tpu":
+        reason = {
+            "cpu": "whose memory is the host's already",
+            "gpu": "where XLA drops the transfers of an unrolled program",
+        }.get(platform, "where it is not tried")
+        raise ValueError(
+            f"keep='offload' must have a TPU: got a mesh of {platform} devices, {reason}. Use "
+            "keep='recompute', which takes less memory still, or 'shard'."
+        )
+    return strategy
 
 
 @lru_cache(maxsize=256)
@@ -137,7 +175,7 @@ def _place(widths: tuple[int, ...], mesh: Mesh, strategy: Strategy) -> Placement
             f"layout={layout!r}, x={x}, y={y}, layers {clash} and {clash + 1} both "
             f"{words[clash]!r}. Use layout='alternate' or 'auto', or a mesh with x=1 or y=1."
         )
-    return Placement(widths, mesh, words)
+    return Placement(widths, mesh, words, strategy)
 
 
 def _words(layout: str | tuple[str, ...], widths: tuple[int, ...], mesh: Mesh) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """The global view of the kernel: value_and_grad, evaluation and apply, on whole arrays.
 
-Here samples are rows and arrays span the mesh; inside the shard_map they are features first and
-one device's blocks. The transpose between the two happens here, once, and nowhere else.
+Here arrays span the mesh; inside the shard_map they are one device's blocks. Samples are rows on
+both sides: the kernel turns them to features first where it reads them.
 """
 
 from collections.abc import Callable
@@ -74,12 +74,7 @@ class Objective:
 
     def value_and_grad(self, params: Params, batch: Batch) -> tuple[Evaluated, Params]:
         """Compute the scalars of a batch, and the gradient of loss + R."""
-
-        def body(*blocks: Any) -> tuple[kernel.Value, Params]:
-            result = self.run(*blocks)
-            return result.value, result.grads
-
-        value, grads = self.map(body, (PartitionSpec(), self.param_specs))(params, batch)
+        value, grads = self.map(self.gradients, (PartitionSpec(), self.param_specs))(params, batch)
         if isinstance(self.regularizer, UserPenalty):
             penalty, dR = jax.value_and_grad(partial(self._user_penalty, self.regularizer))(params)
             grads = jax.tree.map(jnp.add, grads, dR)
@@ -87,30 +82,38 @@ class Objective:
             penalty = self._penalty(params)
         return Evaluated(value.loss, penalty, value.correct), grads
 
-    def run(self, layers: Any, x: Any, y: Any, weight: Any) -> kernel.Pass:
-        """Run the kernel on one device's blocks."""
-        regularizer = self.regularizer
-        penalty = regularizer if isinstance(regularizer, ElementwisePenalty) else None
-        return kernel.value_and_grad(
-            layers, x, y, weight, chain=self.chain, loss=self.loss, penalty=penalty
-        )
+    def gradients(self, *blocks: Any) -> tuple[kernel.Value, Any]:
+        """Return scalars and gradients from one device's blocks, in microbatches."""
+        if self.placement.strategy.microbatches > 1:
+            return kernel.accumulate(*blocks, **self._kernel_arguments)
+        result = self.run(*blocks)
+        return result.value, result.grads
+
+    def run(self, *blocks: Any) -> kernel.Pass:
+        """Run the kernel on one device's blocks, the whole batch at once."""
+        return kernel.value_and_grad(*blocks, **self._kernel_arguments)
+
+    @property
+    def _kernel_arguments(self) -> dict[str, Any]:
+        penalty = self.regularizer if isinstance(self.regularizer, ElementwisePenalty) else None
+        return {"chain": self.chain, "loss": self.loss, "penalty": penalty}
 
     def map(self, body: Callable[..., Any], out_specs: Specs) -> Callable[[Params, Batch], Any]:
-        """Return body(layers, x, y, weight) on every device's blocks, x and y features first."""
+        """Return body(layers, x, y, weight) on every device's blocks, in the kernel's types."""
 
-        def features_first(layers: Any, batch: Batch) -> Any:
+        def cast(layers: Any, batch: Batch) -> Any:
             dtype = layers[0][0].dtype
             x, y, weight = batch
             if self.loss.targets == "values":
-                y = y.astype(dtype).T
+                y = y.astype(dtype)
             elif self.loss.targets == "labels":
                 # The widest integer: in a narrower one a label could come round to another class.
                 y = y.astype(jax.dtypes.canonicalize_dtype(jnp.int64))
-            return body(layers, x.astype(dtype).T, y, weight.astype(dtype))
+            return body(layers, x.astype(dtype), y, weight.astype(dtype))
 
         batch_specs = Batch(*(s and s.spec for s in batch_shardings(self.placement, self.loss)))
         return jax.shard_map(
-            features_first,
+            cast,
             mesh=self.placement.mesh,
             in_specs=(self.param_specs, batch_specs),
             out_specs=out_specs,
@@ -312,7 +315,7 @@ def _apply(model: MLP, chain: Chain) -> Callable[[Params, jax.Array], jax.Array]
     outputs = _outputs(model, chain)
 
     def run(params: Params, x: jax.Array) -> jax.Array:
-        rows = padded(x.shape[0], placement.sizes["data"])
+        rows = padded(x.shape[0], placement.row_blocks)
         x_whole = fill(x.astype(params[0][0].dtype), (rows, placement.padded_widths[0]), jnp)
         return outputs(params, x_whole)[: x.shape[0], : placement.widths[-1]]
 
@@ -325,16 +328,18 @@ def _outputs(model: MLP, chain: Chain) -> Callable[[Params, jax.Array], jax.Arra
     num_layers = model.num_layers
     params = jax.tree.map(lambda s: s.spec, param_shardings(model, placement))
     x = placement.spec("B/d I/s/g", 1)
-    z = [placement.spec("O/g/s B/d", l) for l in range(1, num_layers + 1)]
+    kept = [backprop.is_kept(l, num_layers, placement.strategy) for l in range(1, num_layers)]
+    z = [placement.spec("O/g/s B/d", l) if is_kept else None for l, is_kept in enumerate(kept, 1)]
     rows = placement.spec("B/d O/g/s", num_layers)
     shard_map = partial(jax.shard_map, mesh=placement.mesh)
 
     def forward_body(layers: Any, x: jax.Array) -> Any:
-        z = backprop.forward(layers, x.T, chain)
-        return z[-1].T, z
+        passed = backprop.forward(layers, x, chain)
+        return passed.z[-1].T, backprop.keep(passed, chain).z
 
     def backward_body(layers: Any, x: jax.Array, z: Any, g: jax.Array) -> Any:
-        result = backprop.backward(layers, x.T, z, g.T, chain)
+        kept = backprop.Kept(z, [None] * num_layers)
+        result = backprop.backward(layers, x, kept, g.T, chain)
         return result.grads, result.dx.T
 
     forward = shard_map(forward_body, in_specs=(params, x), out_specs=(rows, z))

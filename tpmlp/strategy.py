@@ -1,9 +1,18 @@
 """How to use a mesh: a frozen, validated description that goes into every public function."""
 
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
 
 WORDS = ("column", "row")
 LAYOUTS = (*WORDS, "alternate", "auto")
+
+Keep = Literal["shard", "gathered", "recompute", "offload"]
+Overlap = Literal["none", "ring", "bidirectional_ring"]
+
+DTYPES = ("bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,16 +26,42 @@ class Strategy:
             backward). "alternate": column, row, column, ... "auto": the choice that moves the
             fewest words. Or one word, "column" or "row", for each layer. With x and y both
             larger than 1 the layers must alternate.
+        keep: what the forward pass keeps of each layer for the backward pass. "shard": z_l, split
+            d/M, the least of one array a layer. "gathered": the gathered h_l too, which saves the
+            backward pass one collective a layer. "recompute": z_l of every keep_every-th layer,
+            the others computed again. "offload": z_l, in the host's memory.
+        keep_every: the period of "recompute"; the square root of the number of layers, rounded,
+            by default.
+        compute_dtype: "bfloat16", "float32" or "float64", the type of products and gathers; the
+            parameters' by default. Parameters, gradients and all sums stay in the parameters' type.
+        reduce_dtype: the type in which sums over devices move; the parameters' by default, or
+            compute_dtype where that is wider.
+        overlap: "none": collectives are XLA's. "ring": gathers and scatters are rings of ppermute
+            with a part of the product at every hop, so that hops and products can overlap.
+            "bidirectional_ring": the same with half of the hops each way round.
+        shard_weights: whether parameters, gradients and optimiser states are split over the data
+            axis as well, and gathered where they are used (ZeRO-3).
+        microbatches: parts of the batch that run one after another, gradients added up. Activations
+            take that much less memory.
 
     Raises:
-        ValueError: an unknown layout.
+        ValueError: an unknown choice, or one that needs another.
 
     Examples:
         >>> Strategy(layout=("row", "column")).layout
         ('row', 'column')
+        >>> Strategy(compute_dtype="bfloat16", keep="recompute", keep_every=4).compute_dtype
+        'bfloat16'
     """
 
     layout: str | tuple[str, ...] = "auto"
+    keep: Keep = "shard"
+    keep_every: int | None = None
+    compute_dtype: str | None = None
+    reduce_dtype: str | None = None
+    overlap: Overlap = "none"
+    shard_weights: bool = False
+    microbatches: int = 1
 
     def __post_init__(self) -> None:
         layout = tuple(self.layout) if isinstance(self.layout, list) else self.layout
@@ -37,7 +72,59 @@ class Strategy:
                 f"layout must be one of {LAYOUTS} or a tuple with one of {WORDS} a layer: "
                 f"got layout={layout!r}. Use for example layout='auto'."
             )
+        _check_choice("keep", self.keep, get_args(Keep))
+        _check_choice("overlap", self.overlap, get_args(Overlap))
+        for name in ("compute_dtype", "reduce_dtype"):
+            object.__setattr__(self, name, _dtype_name(name, getattr(self, name)))
+        if not isinstance(self.shard_weights, bool):
+            raise ValueError(
+                f"shard_weights must be True or False: got shard_weights={self.shard_weights!r}."
+            )
+        _check_count("microbatches", self.microbatches)
+        if self.keep_every is None:
+            return
+        _check_count("keep_every", self.keep_every)
+        if self.keep != "recompute":
+            raise ValueError(
+                f"keep_every must be left out unless keep='recompute': got keep={self.keep!r}, "
+                f"keep_every={self.keep_every}. Use keep='recompute', or drop keep_every."
+            )
 
 
 def _is_words(layout: object) -> bool:
     return isinstance(layout, tuple) and len(layout) > 0 and all(w in WORDS for w in layout)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(
+            f"{name} must be one of {choices}: got {name}={value!r}. Use {name}={choices[0]!r}."
+        )
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"{name} must be a positive integer: got {name}={value!r}. Use for example {name}=4."
+        )
+
+
+def _dtype_name(name: str, dtype: Any) -> str | None:
+    """Return the name of a dtype, or refuse one that is no type to train in."""
+    if dtype is None:
+        return None
+    try:
+        meant = jnp.dtype(dtype).name
+    except TypeError:
+        meant = None
+    if meant not in DTYPES:
+        raise ValueError(
+            f"{name} must be one of {DTYPES}: got {name}={dtype!r}. "
+            "Use 'bfloat16', which has float32's range and so needs no loss scaling."
+        )
+    if meant == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ValueError(
+            f"{name}='float64' must have 64-bit types: got jax_enable_x64=False. Call "
+            "jax.config.update('jax_enable_x64', True) first, or use 'float32'."
+        )
+    return meant

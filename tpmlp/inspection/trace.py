@@ -11,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from tpmlp.batch import Batch, place_batch
 from tpmlp.kernels import backprop
+from tpmlp.kernels.execution import execution
 from tpmlp.model import MLP, Params
 from tpmlp.parameters import check_params
 from tpmlp.step import Objective, make_objective
@@ -149,11 +150,12 @@ def _traced(objective: Objective) -> Any:
 
     def body(layers: Any, x: jax.Array, y: Any, weight: jax.Array) -> _Rows:
         result = objective.run(layers, x, y, weight)
+        run = execution(chain.placement, layers[0][0].dtype)
         hidden = list(enumerate(result.z[:-1], 1))
         return _Rows(
-            h=[backprop.sigma(z, l, chain).T for l, z in hidden],
+            h=[backprop.layer_input(z, l + 1, run, chain).T for l, z in hidden],
             z=[z.T for z in result.z],
-            sigma_prime=[backprop.sigma_prime(z, l, chain).T for l, z in hidden],
+            sigma_prime=[backprop.sigma_prime(z.astype(run.total), l, chain).T for l, z in hidden],
             g=[g.T for g in result.g],
             grads=result.grads,
             loss=result.value.loss,

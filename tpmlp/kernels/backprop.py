@@ -5,19 +5,22 @@
     dW_l = g_l h_l^T,   db_l = sum over the batch of g_l
 
 One array a layer is kept for the backward pass, z_l, split d/M: h_{l+1} and sigma'(z_l) are
-rebuilt from it. The recursion is unrolled; layers are a Python list, l at index l - 1.
+rebuilt from it. Other choices of what is kept are a field of the strategy. The recursion is
+unrolled; layers are a Python list, l at index l - 1.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from tpmlp.activations import Activation
-from tpmlp.collectives import block_index
-from tpmlp.kernels import dense
+from tpmlp.collectives import block_index, transpose
+from tpmlp.kernels import dense, ring
+from tpmlp.kernels.execution import Execution, execution
 from tpmlp.placement import Placement
+from tpmlp.strategy import Strategy
+from tpmlp.xla import after, hold
 
 Layers = Any  # ((W_1, b_1 or None), ...), local blocks
 
@@ -26,7 +29,7 @@ class Chain(NamedTuple):
     """The static description of a chain of dense layers.
 
     Attributes:
-        placement: roles and widths of every layer.
+        placement: roles, widths and strategy.
         activation: sigma and sigma'.
     """
 
@@ -34,11 +37,37 @@ class Chain(NamedTuple):
     activation: Activation
 
 
+class Forward(NamedTuple):
+    """What the forward pass gives.
+
+    Attributes:
+        z: z_1 .. z_{L+1}, each "O/g/s B/d", the last in the total type, the others in the compute
+            type. What `keep` drops and nothing else reads is freed.
+        h: h_1 .. h_{L+1}, gathered: "I/s B/d", or in the blocks of a ring.
+    """
+
+    z: list[jax.Array]
+    h: list[Any]
+
+
+class Kept(NamedTuple):
+    """What the backward pass is given: z_l, or None where it has to be computed again.
+
+    Attributes:
+        z: of every layer but the last.
+        h: gathered inputs, or None.
+    """
+
+    z: list[jax.Array | None]
+    h: list[Any]
+
+
 class Backward(NamedTuple):
     """What the backward pass gives.
 
     Attributes:
-        grads: ((dW_1, db_1 or None), ...), laid out as the parameters.
+        grads: ((dW_1, db_1 or None), ...), laid out as the parameters; summed over this device's
+            part of the batch alone if they are not reduced.
         g: g_1 .. g_{L+1}, each "O/g/s B/d".
         dx: d loss / d x, "I/s/g B/d"; free when not used.
     """
@@ -48,31 +77,82 @@ class Backward(NamedTuple):
     dx: jax.Array
 
 
-def forward(layers: Layers, x: jax.Array, chain: Chain) -> list[jax.Array]:
-    """Compute z_1 .. z_{L+1}, each "O/g/s B/d"; x is "I/s/g B/d"."""
-    h, z = x, []
-    for l, (W, b) in enumerate(layers, 1):
-        z.append(dense.forward(W, b, h, **chain.placement.axes[l - 1]))
-        if l < len(layers):
-            h = sigma(z[-1], l, chain)
-    return z
+def forward(layers: Layers, x: jax.Array, chain: Chain) -> Forward:
+    """Compute z_1 .. z_{L+1} and the gathered inputs; x is "B/d I/s/g", samples as rows."""
+    run = execution(chain.placement, layers[0][0].dtype)
+    return _forward(layers, x, 1, len(layers), run, chain)
+
+
+def keep(passed: Forward, chain: Chain) -> Kept:
+    """Choose what stays for the backward pass, as the strategy says."""
+    strategy, num_layers = chain.placement.strategy, len(passed.z)
+    z: list[jax.Array | None] = [
+        z_l if is_kept(l, num_layers, strategy) else None for l, z_l in enumerate(passed.z[:-1], 1)
+    ]
+    if strategy.keep == "offload":
+        z = [jax.device_put(z_l, jax.memory.Space.Host) for z_l in z]
+    return Kept(z, passed.h if strategy.keep == "gathered" else [None] * num_layers)
+
+
+def is_kept(l: int, num_layers: int, strategy: Strategy) -> bool:
+    """Return whether z_l is there in the backward pass, rather than computed again.
+
+    Every k-th of L is; k + L / k arrays are there at a time, the fewest where k is sqrt(L).
+    """
+    if strategy.keep != "recompute":
+        return l < num_layers
+    period = strategy.keep_every or max(1, round(num_layers**0.5))
+    return l < num_layers and l % period == 0
 
 
 def backward(
-    layers: Layers, x: jax.Array, z: list[jax.Array], g: jax.Array, chain: Chain
+    layers: Layers, x: jax.Array, kept: Kept, g: jax.Array, chain: Chain, *, reduce: bool = True
 ) -> Backward:
-    """Run the recursion from g_{L+1} down to g_1: `forward`, transposed, last layer first."""
-    grads, all_g, dh = [], [g], x
+    """Run the recursion from g_{L+1} down to g_1: `forward`, transposed, last layer first.
+
+    Each layer first passes g on, then makes its own gradient, and frees both gathered arrays: on
+    CPU nothing overlaps, and only one of the large arrays need be there at a time.
+
+    Args:
+        layers: local blocks of ((W_1, b_1), ...).
+        x: "B/d I/s/g".
+        kept: what `keep` chose.
+        g: g_{L+1}, "O/g/s B/d".
+        chain: placement and activation.
+        reduce: whether gradients are summed over the data axis here.
+    """
+    run, layer = execution(chain.placement, layers[0][0].dtype), _layer(chain)
+    z, grads, all_g, dh = list(kept.z), [], [g], None
     for l in range(len(layers), 0, -1):
-        W, b = layers[l - 1]
-        kept = _again(z[l - 2] if l > 1 else x, g, chain)
-        h = sigma(kept, l - 1, chain) if l > 1 else kept
-        dW, db, dh = dense.backward(W, h, g, **chain.placement.axes[l - 1])
-        grads.append((dW, None if b is None else db))
+        axes = chain.placement.axes[l - 1]
+        if l > 1 and z[l - 2] is None:
+            z = _recompute(layers, x, z, l, g, run, chain)
+        before = x if l == 1 else _fetched(z[l - 2], chain)
+        before, (W, b), g, grads = hold((before, layers[l - 1], g, grads))
+        g_all = layer.gather_gradient(g.astype(run.compute), run, **axes)
+        dh = layer.backward_input(_weight(W, g, run, axes), g_all, run, **axes)
+        # Nobody may want dh of layer 1, and to wait for it would be to want it.
+        before = after(before, dh if l > 1 else g)
+        h = kept.h[l - 1]
+        if h is None:
+            h = layer.gather_input(layer_input(before, l, run, chain), run, **axes)
+        grads.append(_gradients(g, g_all, h, b, layer, run, axes, reduce=reduce))
         if l > 1:
-            g = dh * sigma_prime(kept, l - 1, chain)
+            g = dh * sigma_prime(before.astype(run.total), l - 1, chain)
+            # This layer's gradient first: it frees the two gathered arrays.
+            g = after(g, grads[-1][0])
             all_g.append(g)
+    assert dh is not None
     return Backward(tuple(reversed(grads)), all_g[::-1], dh)
+
+
+def reduce_gradients(grads: Layers, chain: Chain) -> Layers:
+    """Sum gradients that are not reduced over the data axis."""
+    run = execution(chain.placement, grads[0][0].dtype)
+    return tuple(
+        _reduced(dW, db, run, axes)
+        for (dW, db), axes in zip(grads, chain.placement.axes, strict=True)
+    )
 
 
 def sigma(z: jax.Array, layer: int, chain: Chain) -> jax.Array:
@@ -86,6 +166,87 @@ def sigma_prime(z: jax.Array, layer: int, chain: Chain) -> jax.Array:
     return _mask(chain.activation.sigma_prime(z), layer, chain)
 
 
+def _forward(
+    layers: Layers, before: jax.Array, first: int, last: int, run: Execution, chain: Chain
+) -> Forward:
+    """Run layers first .. last; `before` is z_{first - 1}, or x where first is 1."""
+    layer, z, gathered = _layer(chain), [], []
+    for l in range(first, last + 1):
+        axes, (W, b) = chain.placement.axes[l - 1], layers[l - 1]
+        h = layer_input(before, l, run, chain)
+        gathered.append(layer.gather_input(h, run, **axes))
+        b = dense.gather_bias(b, run, **axes)
+        z_l = layer.forward(_weight(W, h, run, axes), b, gathered[-1], run, **axes)
+        before = z_l.astype(run.compute) if l < len(layers) else z_l
+        z.append(before)
+    return Forward(z, gathered)
+
+
+def layer_input(before: jax.Array, l: int, run: Execution, chain: Chain) -> jax.Array:
+    """Return h_l, "I/s/g B/d" in the compute type, from z_{l-1}, or from x for layer 1."""
+    if l > 1:
+        return sigma(before.astype(run.total), l - 1, chain).astype(run.compute)
+    x = before.astype(run.compute)
+    return transpose("B/d I/s/g -> I/s/g B/d", x, **chain.placement.axes[0])
+
+
+def _recompute(
+    layers: Layers,
+    x: jax.Array,
+    z: list[jax.Array | None],
+    l: int,
+    g: jax.Array,
+    run: Execution,
+    chain: Chain,
+) -> list[jax.Array | None]:
+    """Return z with z_s+1 .. z_{l-1} computed again from z_s, the last that was kept (x is z_0)."""
+    s = max((i for i in range(1, l - 1) if z[i - 1] is not None), default=0)
+    before, segment = (x if s == 0 else z[s - 1]), layers[s : l - 1]
+    before, segment, _ = hold((before, segment, g))
+    again = (*layers[:s], *segment, *layers[l - 1 :])
+    passed = _forward(again, after(before, g), s + 1, l - 1, run, chain)
+    return [*z[:s], *passed.z, *z[l - 1 :]]
+
+
+def _gradients(
+    g: jax.Array,
+    g_all: Any,
+    h: Any,
+    b: jax.Array | None,
+    layer: Any,
+    run: Execution,
+    axes: dict[str, str],
+    *,
+    reduce: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    dW = layer.backward_weight(g_all, h, run, **axes)
+    db = None if b is None else dense.backward_bias(g, **axes)
+    return _reduced(dW, db, run, axes) if reduce else (dW, db)
+
+
+def _reduced(
+    dW: jax.Array, db: jax.Array | None, run: Execution, axes: dict[str, str]
+) -> tuple[jax.Array, jax.Array | None]:
+    dW = dense.reduce_weight(dW, run, **axes)
+    return dW, None if db is None else dense.reduce_bias(db, run, **axes)
+
+
+def _layer(chain: Chain) -> Any:
+    """Return the module whose functions make a layer."""
+    return dense if chain.placement.strategy.overlap == "none" else ring
+
+
+def _weight(W: jax.Array, ready: jax.Array, run: Execution, axes: dict[str, str]) -> jax.Array:
+    """Return W as the layer multiplies it; one that is gathered is gathered anew at each use."""
+    return dense.gather_weights(after(W, ready) if run.splits_data else W, run, **axes)
+
+
+def _fetched(z: jax.Array | None, chain: Chain) -> jax.Array | None:
+    if chain.placement.strategy.keep != "offload":
+        return z
+    return jax.device_put(z, jax.memory.Space.Device)
+
+
 def _mask(array: jax.Array, layer: int, chain: Chain) -> jax.Array:
     """Set the padding rows of an "O/g/s B/d" of a layer to 0."""
     width, whole = (w[layer] for w in (chain.placement.widths, chain.placement.padded_widths))
@@ -94,17 +255,3 @@ def _mask(array: jax.Array, layer: int, chain: Chain) -> jax.Array:
     first = block_index("O/g/s", **chain.placement.axes[layer - 1]) * array.shape[0]
     rows = first + jnp.arange(array.shape[0], dtype=jnp.int32)
     return jnp.where((rows < width)[:, None], array, 0)
-
-
-def _again(kept: jax.Array, g: jax.Array, chain: Chain) -> jax.Array:
-    """Return kept, in a way that lets nothing computed from it be shared with the forward pass.
-
-    Without this, XLA finds that the backward pass gathers the same h_l as the forward pass, keeps
-    the gathered array, and the kernel holds M times what it should. On TPU and GPU a barrier
-    that waits for g does it. The CPU compiler drops barriers before it merges, so there the
-    value is made to depend on g: it is kept unless g[0, 0] is NaN, and then dW is NaN anyway.
-    """
-    if chain.placement.mesh.devices.flat[0].platform != "cpu":
-        return lax.optimization_barrier((kept, g))[0]
-    poisoned = jnp.isnan(g[0, 0])
-    return jnp.where(poisoned, jnp.nan, kept)

@@ -2,19 +2,22 @@
 
     (1 / sum_i w_i) sum_i w_i loss(z_{L+1, i}, y_i) + R(W)
 
-Sample weights are w; padding samples have weight 0. The scalars of the batch (loss, weight, number
-right) cross the data axis in one all-reduce of three elements. R is added to dW after dW has been
-summed over the data axis: it belongs to the objective once, not once a shard.
+Sample weights are w; padding samples have weight 0. The total weight crosses the data axis first,
+as every g_{L+1} is divided by it; the sums of losses and of right predictions cross it together. R
+is added to dW after dW has been summed over the data axis: it belongs to the objective once, not
+once a shard.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from tpmlp.collectives import all_reduce, einsum
+from tpmlp.collectives import all_reduce, einsum, transpose, zeros
 from tpmlp.kernels import backprop
 from tpmlp.kernels.backprop import Chain, Layers
+from tpmlp.kernels.execution import execution
 from tpmlp.losses import Head, Loss, PerSample
 from tpmlp.regularizers import ElementwisePenalty
 
@@ -56,14 +59,15 @@ def value(
 
     Args:
         layers: local blocks of ((W_1, b_1), ...).
-        x: "I/s/g B/d".
-        y: targets, "B/d" or "C/g/s B/d" as the loss says.
+        x: "B/d I/s/g", samples as rows.
+        y: targets, "B/d" or "B/d C/g/s" as the loss says.
         weight: "B/d".
         chain: placement and activation.
         loss: the loss.
     """
-    z = backprop.forward(layers, x, chain)
-    return _value(z[-1], y, weight, chain=chain, loss=loss)[0]
+    z = backprop.forward(layers, x, chain).z[-1]
+    sums = _sums(_per_sample(z, y, chain, loss), weight, chain)
+    return _value(sums, _total_weight(weight, chain), chain, loss)
 
 
 def value_and_grad(
@@ -77,41 +81,121 @@ def value_and_grad(
     penalty: ElementwisePenalty | None,
 ) -> Pass:
     """Compute the loss of a batch and its gradient; arguments as in `value`."""
-    z = backprop.forward(layers, x, chain)
-    scalars, sample = _value(z[-1], y, weight, chain=chain, loss=loss)
-    scale = weight / scalars.weight if loss.reduction == "mean" else weight
-    g = jnp.where(weight[None] != 0, sample.gradient * scale[None], 0)
-    grads, all_g, _ = backprop.backward(layers, x, z, g, chain)
-    if penalty is not None:
-        grads = _add_penalty(layers, grads, penalty)
-    return Pass(scalars, grads, z, all_g)
+    total = _total_weight(weight, chain)
+    sums, grads, z, g = _one_pass(layers, x, y, weight, total, chain=chain, loss=loss)
+    return Pass(_value(sums, total, chain, loss), _finished(layers, grads, penalty), z, g)
+
+
+def accumulate(
+    layers: Layers,
+    x: jax.Array,
+    y: Any,
+    weight: jax.Array,
+    *,
+    chain: Chain,
+    loss: Loss,
+    penalty: ElementwisePenalty | None,
+) -> tuple[Value, Layers]:
+    """Compute what `value_and_grad` does in microbatches, one after another, adding gradients up.
+
+    Gradients cross the data axis once, after the last microbatch; where data splits the weights
+    they are reduced at each, since whole ones are what must not be held.
+    """
+    num_parts, splits = chain.placement.strategy.microbatches, chain.placement.splits_data
+    total = _total_weight(weight, chain)
+
+    def add(carry: Any, part: Any) -> tuple[Any, None]:
+        sums, grads, *_ = _one_pass(layers, *part, total, chain=chain, loss=loss, reduce=splits)
+        return jax.tree.map(jnp.add, carry, (sums, grads)), None
+
+    parts = jax.tree.map(lambda a: a.reshape(num_parts, -1, *a.shape[1:]), (x, y, weight))
+    (sums, grads), _ = lax.scan(add, _nothing(layers, chain), parts)
+    grads = grads if splits else backprop.reduce_gradients(grads, chain)
+    return _value(sums, total, chain, loss), _finished(layers, grads, penalty)
 
 
 def penalty_value(layers: Layers, chain: Chain, penalty: ElementwisePenalty) -> jax.Array:
     """Compute R(W): each device sums its blocks, and one all-reduce adds the sums."""
     counted = [a for W, b in layers for a in (W, b if penalty.biases else None) if a is not None]
     local = jnp.sum(jnp.stack([penalty.value(block) for block in counted]))
-    return all_reduce("+g+s -> ", local, **chain.placement.axes[-1])
+    partial = "+g+s+d -> " if chain.placement.splits_data else "+g+s -> "
+    return all_reduce(partial, local, **chain.placement.axes[-1])
 
 
-def _value(
-    z: jax.Array, y: Any, weight: jax.Array, *, chain: Chain, loss: Loss
-) -> tuple[Value, PerSample]:
+def _one_pass(
+    layers: Layers,
+    x: jax.Array,
+    y: Any,
+    weight: jax.Array,
+    total: jax.Array,
+    *,
+    chain: Chain,
+    loss: Loss,
+    reduce: bool = True,
+) -> tuple[jax.Array, Layers, list[jax.Array], list[jax.Array]]:
+    """Return this device's sums (`_sums`), gradients, z and g of samples with a total weight."""
+    passed = backprop.forward(layers, x, chain)
+    sample = _per_sample(passed.z[-1], y, chain, loss)
+    scale = weight / total if loss.reduction == "mean" else weight
+    g = jnp.where(weight[None] != 0, sample.gradient * scale[None], 0)
+    kept = backprop.keep(passed, chain)
+    result = backprop.backward(layers, x, kept, g, chain, reduce=reduce)
+    return _sums(sample, weight, chain), result.grads, passed.z, result.g
+
+
+def _per_sample(z: jax.Array, y: Any, chain: Chain, loss: Loss) -> PerSample:
     axes = chain.placement.axes[-1]
-    sample = loss.per_sample(z, y, Head(num_outputs=chain.placement.widths[-1], axes=axes))
+    if loss.targets == "values":
+        y = transpose("B/d C/g/s -> C/g/s B/d", y, **axes)
+    return loss.per_sample(z, y, Head(num_outputs=chain.placement.widths[-1], axes=axes))
+
+
+def _total_weight(weight: jax.Array, chain: Chain) -> jax.Array:
+    axes = chain.placement.axes[-1]
+    return all_reduce("+d -> ", einsum("B/d -> +d", weight, **axes), **axes)
+
+
+def _sums(sample: PerSample, weight: jax.Array, chain: Chain) -> jax.Array:
+    """Return the weighted sums of loss and correct over this device's samples, "K +d"."""
     correct = jnp.full_like(sample.loss, jnp.nan) if sample.correct is None else sample.correct
-    weighted = [jnp.where(weight != 0, weight * term, 0) for term in (sample.loss, correct)]
-    local = [einsum("B/d -> +d", term, **axes) for term in (weight, *weighted)]
-    total, loss_sum, correct_sum = all_reduce("K +d -> K", jnp.stack(local), **axes)
+    terms = [jnp.where(weight != 0, weight * term, 0) for term in (sample.loss, correct)]
+    return einsum("K B/d -> K +d", jnp.stack(terms), **chain.placement.axes[-1])
+
+
+def _value(sums: jax.Array, total: jax.Array, chain: Chain, loss: Loss) -> Value:
+    loss_sum, correct = all_reduce("K +d -> K", sums, **chain.placement.axes[-1])
     mean = loss_sum / total if loss.reduction == "mean" else loss_sum
-    return Value(mean, total, correct_sum / total), sample
+    return Value(mean, total, correct / total)
 
 
-def _add_penalty(layers: Layers, grads: Layers, penalty: ElementwisePenalty) -> Layers:
-    def add(w: jax.Array, dw: jax.Array) -> jax.Array:
-        return dw + penalty.gradient(w)
+def _nothing(layers: Layers, chain: Chain) -> tuple[jax.Array, Layers]:
+    """Return the sums and gradients of no samples, to add to."""
+    dtype = execution(chain.placement, layers[0][0].dtype).total
+    split = chain.placement.splits_data
+    W_layout, b_layout = chain.placement.param_layouts if split else ("O/g I/s +d", "O/g/s +d")
+    grads = tuple(
+        (
+            zeros(W_layout, W.shape, dtype, **axes),
+            None if b is None else zeros(b_layout, b.shape, dtype, **axes),
+        )
+        for (W, b), axes in zip(layers, chain.placement.axes, strict=True)
+    )
+    sums = zeros("K +d", (2,), layers[0][0].dtype, **chain.placement.axes[-1])
+    return sums, grads
 
+
+def _finished(layers: Layers, grads: Layers, penalty: ElementwisePenalty | None) -> Layers:
+    """Return gradients in the parameters' type, with that of R added."""
+
+    def finish(w: jax.Array, dw: jax.Array, *, counted: bool) -> jax.Array:
+        dw = dw.astype(w.dtype)
+        return dw + penalty.gradient(w) if counted and penalty is not None else dw
+
+    biases = penalty is not None and penalty.biases
     return tuple(
-        (add(W, dW), add(b, db) if penalty.biases and b is not None else db)
+        (
+            finish(W, dW, counted=penalty is not None),
+            None if b is None else finish(b, db, counted=biases),
+        )
         for (W, b), (dW, db) in zip(layers, grads, strict=True)
     )

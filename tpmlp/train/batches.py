@@ -118,7 +118,7 @@ class Samples:
 
     def take(self, rows: np.ndarray, batch_size: int) -> Batch:
         """Place the batch of these rows, filled up to batch_size and to a multiple of data."""
-        size = padded(batch_size, self.placement.sizes["data"])
+        size = padded(batch_size, self.placement.row_blocks)
         index = np.full(size, self.num_samples)
         index[: len(rows)] = rows
         return jax.device_put(self._pick(index), self.shardings)

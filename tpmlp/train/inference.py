@@ -199,7 +199,7 @@ def _compiled_evaluate(objective: Objective) -> Callable[..., Evaluated]:
 @lru_cache(maxsize=16)
 def _compiled_outputs(objective: Objective) -> Callable[..., jax.Array]:
     def outputs(layers: Any, x: jax.Array, y: None, weight: jax.Array) -> jax.Array:
-        return backprop.forward(layers, x, objective.chain)[-1].T
+        return backprop.forward(layers, x, objective.chain).z[-1].T
 
     spec = objective.placement.spec("B/d O/g/s", objective.model.num_layers)
     return jax.jit(objective.map(outputs, spec))

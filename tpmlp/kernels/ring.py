@@ -1,0 +1,141 @@
+"""One dense layer with its collectives cut into hops, each with a part of the product beside it.
+
+An all-gather of p blocks is p - 1 hops round a ring; a product with the gathered array is a sum of
+p products with one block each. Written so, the product with the block that is here needs nothing
+of the hop that brings the next, and the two can overlap. A reduce-scatter is the same in reverse:
+an accumulator travels round the ring and each device adds its part to it.
+
+    gather_input   h_0, h_1, .. h_{p-1}           h_j from the device j places further along g
+    forward        z_k = sum_j W[k, j] h_j        W[k, j]: rows of block k over s, columns of block
+                                                  j over g; z_k travels to its device along s
+
+Nothing here says what overlaps what: hops and products are independent values, and XLA's scheduler
+starts a hop before the product it does not need (tpmlp.audit shows which). The functions are those
+of tpmlp.kernels.dense and equal to them up to the order of sums. Blocks of a ring belong to
+neighbours, which the notation of tpmlp.layout has no name for: layouts are in the comments here.
+
+References: Wang et al. 2023, Overlap communication with dependent computation via decomposition
+in large deep learning models, ASPLOS.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tpmlp import xla
+from tpmlp.collectives import shift, zeros
+from tpmlp.kernels.execution import Execution
+
+Blocks = list[jax.Array]  # block k from the device k places further along the ring
+
+
+def gather_input(h: jax.Array, run: Execution, /, **axes: str) -> Blocks:
+    """Return the blocks "I/s/g B/d" of every device along g, this device's first."""
+    return _gather("I/s/g B/d", h, "g", run, axes)
+
+
+def gather_gradient(g: jax.Array, run: Execution, /, **axes: str) -> Blocks:
+    """Return the blocks "O/g/s B/d" of every device along s, this device's first."""
+    return _gather("O/g/s B/d", g, "s", run, axes)
+
+
+def forward(
+    W: jax.Array, b: jax.Array | None, h: Blocks, run: Execution, /, **axes: str
+) -> jax.Array:
+    """Compute z = W h + b, "O/g/s B/d"; arguments as in dense.forward, h in blocks."""
+    z = _multiply(W, h, "g", "s", "O/g/s B/d", run, axes)
+    return z if b is None else z + b[:, None]
+
+
+def backward_input(W: jax.Array, g: Blocks, run: Execution, /, **axes: str) -> jax.Array:
+    """Compute dh = W^T g, "I/s/g B/d": `forward` with W transposed and the roles exchanged."""
+    return _multiply(W.T, g, "s", "g", "I/s/g B/d", run, axes)
+
+
+def backward_weight(g: Blocks, h: Blocks, run: Execution, /, **axes: str) -> jax.Array:
+    """Compute dW = g h^T, "O/g I/s +d": block [k, j] is g_k h_j^T."""
+    rows, columns = g[0].shape[0], h[0].shape[0]
+    shape = rows * len(g), columns * len(h)
+    dW = zeros("O/g I/s +d", shape, run.total, **axes)
+    for k, g_k in enumerate(g):
+        for j, h_j in enumerate(h):
+            block = xla.product("ob,ib->oi", g_k, h_j, run.total)
+            at = _start(k, rows, "s", axes), _start(j, columns, "g", axes)
+            dW = lax.dynamic_update_slice(dW, block, at)
+    return dW
+
+
+def _multiply(
+    W: jax.Array,
+    x: Blocks,
+    gathered: str,
+    scattered: str,
+    layout: str,
+    run: Execution,
+    axes: dict[str, str],
+) -> jax.Array:
+    """Return this device's block of W x, x in blocks along one axis, the result along another."""
+    num_blocks = lax.axis_size(axes[scattered])
+    rows, columns = W.shape[0] // num_blocks, x[0].shape[0]
+    dtype = run.sum_dtype(axes[scattered])
+
+    def product(k: int) -> jax.Array:
+        """Return this device's part of the block of the device k places further along."""
+        first = _start(k, rows, scattered, axes)
+        W_k = lax.dynamic_slice_in_dim(W, first, rows, axis=0)
+        total = None
+        for j, x_j in enumerate(x):
+            W_kj = lax.dynamic_slice_in_dim(W_k, _start(j, columns, gathered, axes), columns, 1)
+            part = xla.product("oi,ib->ob", W_kj, x_j, run.total)
+            total = part if total is None else total + part
+        assert total is not None
+        return total.astype(dtype)
+
+    return _scatter(layout, product, scattered, run, axes).astype(run.total)
+
+
+def _gather(layout: str, x: jax.Array, role: str, run: Execution, axes: dict[str, str]) -> Blocks:
+    size = lax.axis_size(axes[role])
+    ahead, behind = _hops(size, run)
+    blocks = {0: x}
+    for k in range(1, ahead + 1):
+        blocks[k] = shift(layout, blocks[k - 1], role, 1, **axes)
+    for k in range(-1, -behind - 1, -1):
+        blocks[k % size] = shift(layout, blocks[(k + 1) % size], role, -1, **axes)
+    return [blocks[k] for k in range(size)]
+
+
+def _scatter(
+    layout: str,
+    product: Callable[[int], jax.Array],
+    role: str,
+    run: Execution,
+    axes: dict[str, str],
+) -> jax.Array:
+    """Sum over a ring: what is for the device k places ahead hops there, added to on the way."""
+    total = None
+    for direction, hops in zip((1, -1), _hops(lax.axis_size(axes[role]), run), strict=True):
+        travelling = None
+        for k in range(hops, 0, -1):
+            part = product(direction * k)
+            travelling = part if travelling is None else travelling + part
+            travelling = shift(layout, travelling, role, -direction, **axes)
+        if travelling is not None:
+            total = travelling if total is None else total + travelling
+    own = product(0)
+    return own if total is None else total + own
+
+
+def _hops(size: int, run: Execution) -> tuple[int, int]:
+    """Return how many blocks come from ahead and from behind; an even ring has one more ahead."""
+    ahead = size // 2 if run.bidirectional else size - 1
+    return ahead, size - 1 - ahead
+
+
+def _start(k: int, block: int, role: str, axes: dict[str, str]) -> jax.Array:
+    """Return where the block of the device k places further along an axis starts."""
+    size = lax.axis_size(axes[role])
+    place = jnp.int32(0) if size == 1 else lax.axis_index(axes[role])
+    return (place + k) % size * block
