@@ -1,9 +1,7 @@
-"""The audit against programs whose collectives are known, and the reader of HLO against its forms.
+"""The audit against programs whose collectives, products and memory are known.
 
-A failure of a test with a mesh means that a count no longer agrees with the hand-written program
-above it; a failure of a test with literal HLO means that one printed form is misread. The literals
-are shortened from what XLA printed for CPU, TPU v5e and H100, or follow its printer where no small
-program makes it print that form (async-start, several operands of one start, device_ids).
+A failure means that a count no longer agrees with the hand-written program above it. Where the
+tests of the reader of HLO text (tests/inspection/hlo) fail too, look there first.
 """
 
 import contextlib
@@ -17,6 +15,7 @@ with contextlib.suppress(RuntimeError):
 import functools
 import json
 import math
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +24,10 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tpmlp.inspection import hlo
-from tpmlp.inspection.audit import UNMATCHED, Audit, Collective, audit
+from tpmlp.inspection.audit import Audit, audit
+from tpmlp.inspection.collective import Collective
+from tpmlp.inspection.hlo.products import Product
+from tpmlp.inspection.mesh_axes import UNMATCHED
 
 AXES = ("data", "x", "y")
 SHAPES = [(2, 2, 2), (1, 4, 2), (1, 8, 1), (2, 3, 1)]
@@ -258,7 +259,118 @@ def test_memory_and_flops_are_those_of_one_device():
     assert report.peak_bytes >= 2 * V
     assert report.peak_bytes >= report.temp_bytes
     assert report.temp_bytes < V
-    assert report.flops == 2 * BLOCK**3
+    assert report.flops == report.product_flops == 2 * BLOCK**3
+    assert (report.host_argument_bytes, report.host_output_bytes, report.host_temp_bytes) == (
+        0,
+    ) * 3
+
+
+def ring(W, h):
+    """Multiply four blocks of W by the h of four devices, which travel around x meanwhile."""
+    z = jnp.zeros_like(h)
+    for t in range(4):
+        z = z + W[:, t * BLOCK : (t + 1) * BLOCK] @ h
+        h = shift("x", 4)(h)
+    return z
+
+
+def ring_on(mesh, times=1):
+    """Return the program that goes around the ring `times` times, and its arguments."""
+
+    def body(W, h):
+        return lax.scan(lambda h, _: (ring(W, h), None), h, None, length=times)[0]
+
+    step = jax.shard_map(body, mesh=mesh, in_specs=(BLOCKS, BLOCKS), out_specs=BLOCKS)
+    W = jnp.ones((mesh.size * BLOCK, 4 * BLOCK), jnp.float32)
+    return step, jax.device_put(W, NamedSharding(mesh, BLOCKS)), placed(mesh)
+
+
+def test_a_program_that_waits_for_its_collectives_overlaps_nothing():
+    report = audit(*ring_on(mesh_of((1, 4, 2))))
+    row = only_row(report)
+    assert (row.kind, row.asynchronous, row.count) == ("ppermute", False, 3)
+    assert (row.overlaps, row.overlapped_flops) == ((), 0)
+    assert report.products == (Product(m=BLOCK, k=BLOCK, n=BLOCK, dtype="float32", count=4),)
+
+
+def test_products_of_a_loop_are_multiplied_where_xla_counts_its_body_once():
+    mesh = mesh_of((1, 4, 2))
+    once, often = audit(*ring_on(mesh)), audit(*ring_on(mesh, times=5))
+    assert once.product_flops == 4 * 2 * BLOCK**3
+    assert often.product_flops == 5 * once.product_flops
+    assert once.product_flops <= (often.flops or 0.0) < 2 * once.product_flops
+    assert f"flops of products: {often.product_flops:,}, loops" in str(often)
+
+
+def test_products_of_a_loop_that_depends_on_data_have_no_sum():
+    def body(v):
+        return lax.while_loop(lambda c: jnp.sum(c) < 3.0, lambda c: c @ c, v)
+
+    report = audit(body, jnp.ones((BLOCK, BLOCK), jnp.float32))
+    (row,) = report.products
+    assert (row.count, row.total_flops) == (None, None)
+    assert "flops of products: ?" in str(report)
+    with pytest.raises(ValueError, match=r"count=None for 24 x 24 x 24 \(trip count of while"):
+        _ = report.product_flops
+
+
+def test_rows_that_overlap_different_products_are_apart_in_table_and_data():
+    product = Product(m=1024, k=512, n=2048, dtype="bfloat16", count=2)
+    alike = {
+        "kind": "ppermute",
+        "axes": ("x",),
+        "group_size": 4,
+        "payload_bytes": 2**20,
+        "dtype": "float32",
+        "asynchronous": True,
+    }
+    report = replace(
+        EMPTY,
+        collectives=(
+            Collective(**alike, count=1),
+            Collective(**alike, count=1200, overlaps=(product,)),
+            Collective(**alike, count=1, overlaps=(replace(product, count=1),)),
+        ),
+        products=(replace(product, count=2401, batch=3),),
+        host_temp_bytes=2**30,
+    )
+    assert str(report).splitlines() == [
+        "per device and call",
+        "collective  axes  dtype       bytes  count     total  mode   meanwhile               note",
+        "ppermute    x     float32  1.00 MiB      1  1.00 MiB  async  no product",
+        "ppermute    x     float32  1.00 MiB  1,200  1.17 GiB  async  2 products, 4.29 GFLOP",
+        "ppermute    x     float32  1.00 MiB      1  1.00 MiB  async  1 product, 2.15 GFLOP",
+        "",
+        "               product  dtype          flops  count        total  note",
+        "3 of 1024 x 512 x 2048  bfloat16  6.44 GFLOP  2,401  15.47 TFLOP",
+        "",
+        "memory        bytes",
+        "argument        0 B",
+        "output          0 B",
+        "temp            0 B",
+        "alias           0 B",
+        "peak            0 B",
+        "host temp  1.00 GiB",
+        "",
+        f"flops of products: {report.product_flops:,}, loops multiplied in",
+        "flops as XLA counts them: ?, the body of a loop once",
+    ]
+    row = json.loads(json.dumps(report.rows()))[1]
+    assert row["overlaps"] == [
+        {
+            "m": 1024,
+            "k": 512,
+            "n": 2048,
+            "batch": 1,
+            "dtype": "bfloat16",
+            "count": 2,
+            "note": "",
+            "flops": 2**31,
+            "total_flops": 2**32,
+        }
+    ]
+    assert row["overlapped_flops"] == 2**32
+    assert report.product_rows()[0]["total_flops"] == report.product_flops
 
 
 def test_a_donated_argument_is_counted_as_alias():
@@ -296,14 +408,17 @@ def test_the_table_and_the_rows_say_what_the_fields_say():
         "count": 1,
         "total_bytes": V,
         "asynchronous": False,
+        "overlaps": [],
+        "overlapped_flops": 0,
         "note": "",
     }
     lines = str(report).splitlines()
     assert lines[1:3] == [
-        "collective  axes  dtype       bytes  count     total  mode  note",
+        "collective  axes  dtype       bytes  count     total  mode  meanwhile  note",
         "all_gather  x     float32  2.25 KiB      1  2.25 KiB  sync",
     ]
     assert "argument  2.25 KiB" in lines
+    assert "no products" in lines
     assert "no collectives" in str(audit(lambda v: v, jnp.zeros(2, jnp.float32)))
 
 
@@ -366,275 +481,3 @@ def nameless():
         jax.debug.callback(lambda s: None, jnp.sum(jnp.sin(v)))
 
     return (program,)
-
-
-# --- The reader of HLO ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "groups"),
-    [
-        ("{{0,1},{2,3}}, dimensions={0}", ((0, 1), (2, 3))),
-        ("{{0,2},{2,0}}", ((0, 2), (2, 0))),
-        ("{}, to_apply=%add", ((0, 1, 2, 3, 4, 5, 6, 7),)),
-        ("[2,4]<=[8], dimensions={0}", ((0, 1, 2, 3), (4, 5, 6, 7))),
-        ("[2,4]<=[4,2]T(1,0), to_apply=%add", ((0, 2, 4, 6), (1, 3, 5, 7))),
-        ("[4,2]<=[2,2,2]T(0,2,1), x={}", ((0, 2), (1, 3), (4, 6), (5, 7))),
-        ("mesh['data'=2,'x'=2,'y'=2] {'x'}, d={0}", ((0, 2), (1, 3), (4, 6), (5, 7))),
-        ("mesh['data'=2,'x'=2,'y'=2] {'data','y'}", ((0, 1, 4, 5), (2, 3, 6, 7))),
-        ("mesh['data'=1,'x'=4,'y'=2] {'y'}", ((0, 1), (2, 3), (4, 5), (6, 7))),
-        ("mesh['x'=8,'y'=1] {'x':(2)4}, d={0}", ((0, 1, 2, 3), (4, 5, 6, 7))),
-        ("mesh['x'=8,'y'=1] {'x':(1)2}, d={0}", ((0, 4), (1, 5), (2, 6), (3, 7))),
-        ("mesh['x'=8] {'x':(1)2,'x':(4)2}", ((0, 1, 4, 5), (2, 3, 6, 7))),
-        ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", ((0, 2, 4, 6), (1, 3, 5, 7))),
-        ("mesh['a'=2,'b'=2], device_ids=(3,1,0,2) {'b'}, d={0}", ((3, 1), (0, 2))),
-    ],
-)
-def test_replica_groups_are_expanded_from_every_form(text, groups):
-    assert hlo.parse_groups(text, num_devices=8) == groups
-
-
-def test_replica_groups_of_an_unknown_form_are_refused():
-    with pytest.raises(ValueError, match=r"replica_groups must be .*got 'ring"):
-        hlo.parse_groups("ring(8)", num_devices=8)
-
-
-@pytest.mark.parametrize(
-    ("text", "dtype", "num_bytes"),
-    [
-        ("f32[2,8]{1,0}", "float32", 64),
-        ("f64[]", "float64", 8),
-        ("bf16[512,1024]{1,0:T(8,128)(2,1)S(1)}", "bfloat16", 2**20),
-        ("pred[3]{0}", "bool", 3),
-        ("s4[5]{0:E(4)}", "int4", 3),
-        ("u32[]{:S(2)}", "uint32", 4),
-        ("c64[2]", "complex64", 16),
-        ("f8e4m3fn[16]{0}", "float8_e4m3fn", 16),
-        ("f32[0,8]{1,0}", "float32", 0),
-        ("token[]", "token", 0),
-    ],
-)
-def test_an_array_shape_has_its_type_and_bytes(text, dtype, num_bytes):
-    assert hlo.parse_shape(text) == hlo.Array(dtype=dtype, num_bytes=num_bytes)
-
-
-def test_a_tuple_shape_nests():
-    word, block = hlo.Array(dtype="uint32", num_bytes=4), hlo.Array(dtype="float32", num_bytes=64)
-    text = "((f32[2,8]{1,0:T(8,128)}), f32[2,8]{1,0}, u32[]{:S(2)}, ())"
-    assert hlo.parse_shape(text) == ((block,), block, word, ())
-
-
-def program(*lines, before=""):
-    """Return the reader's collectives of an entry computation on 8 partitions."""
-    entry = "\n".join(f"  {line}" for line in lines)
-    head = "HloModule jit_step, is_scheduled=true, num_partitions=8"
-    text = f"{head}\n\n{before}\nENTRY %main (p: f32[2,8]) -> f32[2,8] {{\n{entry}\n}}\n"
-    return hlo.collectives(hlo.parse_module(text))
-
-
-PAIRS = "{{0,1},{1,0},{2,3},{3,2},{4,5},{5,4},{6,7},{7,6}}"
-GROUPS = "replica_groups={{0,1},{2,3},{4,5},{6,7}}, use_global_device_ids=true"
-ASYNC = 'backend_config={"collective_backend_config":{"is_sync":false,"is_pipelined":false}}'
-SYNC = ASYNC.replace('"is_sync":false', '"is_sync":true')
-
-
-@pytest.mark.parametrize(
-    ("lines", "kind", "payload_bytes"),
-    [
-        (
-            (
-                f"%s = (f32[2,8]{{1,0}}, f32[4,8]{{1,0}}) all-gather-start(%p), channel_id=1, "
-                f"{GROUPS}, dimensions={{0}}, {ASYNC}",
-                "ROOT %d = f32[4,8]{1,0} all-gather-done(%s)",
-            ),
-            "all_gather",
-            128,
-        ),
-        (
-            (
-                f"%s = ((f32[2,8]{{1,0}}, f32[8]{{0}}), (f32[4,8]{{1,0}}, f32[16]{{0}})) "
-                f"all-gather-start(%p, %q), channel_id=1, {GROUPS}, dimensions={{0}}",
-                "ROOT %d = (f32[4,8]{1,0}, f32[16]{0}) all-gather-done(%s)",
-            ),
-            "all_gather",
-            192,
-        ),
-        (
-            (
-                f"%s = f32[2,8]{{1,0}} all-reduce-start(%p), channel_id=1, {GROUPS}, "
-                f"to_apply=%add, {ASYNC}",
-                "ROOT %d = f32[2,8]{1,0} all-reduce-done(%s)",
-            ),
-            "all_reduce",
-            64,
-        ),
-        (
-            (
-                f"%s = (f32[2,8]{{1,0}}, f32[8]{{0}}) all-reduce-start(%p, %q), channel_id=1, "
-                f"{GROUPS}, to_apply=%add",
-                "ROOT %d = (f32[2,8]{1,0}, f32[8]{0}) all-reduce-done(%s)",
-            ),
-            "all_reduce",
-            96,
-        ),
-        (
-            (
-                f"%s = ((f32[2,8]{{1,0}}), f32[1,8]{{1,0}}) reduce-scatter-start(%p), "
-                f"channel_id=1, {GROUPS}, dimensions={{0}}, to_apply=%add, {ASYNC}",
-                "ROOT %d = f32[1,8]{1,0} reduce-scatter-done(%s)",
-            ),
-            "reduce_scatter",
-            64,
-        ),
-        (
-            (
-                f"%s = ((f32[2,8]{{0,1}}), f32[2,8]{{0,1}}) all-to-all-start(%p), channel_id=1, "
-                f"{GROUPS}, dimensions={{1}}",
-                "ROOT %d = f32[2,8]{0,1} all-to-all-done(%s)",
-            ),
-            "all_to_all",
-            64,
-        ),
-        (
-            (
-                "%s = (f32[2,8]{1,0:T(8,128)S(1)}, f32[2,8]{1,0:T(8,128)S(1)}, u32[]{:S(2)}, "
-                f"/*index=3*/u32[]{{:S(2)}}) collective-permute-start(%p), channel_id=1, "
-                f"source_target_pairs={PAIRS}",
-                "ROOT %d = f32[2,8]{1,0:T(8,128)S(1)} collective-permute-done(%s)",
-            ),
-            "ppermute",
-            64,
-        ),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_start_and_its_done_are_one_asynchronous_collective(lines, kind, payload_bytes):
-    (found,) = program("%p = f32[2,8]{1,0} parameter(0)", *lines)
-    assert (found.kind, found.payload_bytes) == (kind, payload_bytes)
-    assert (found.asynchronous, found.count, found.dtype) == (True, 1, "float32")
-
-
-def test_a_start_that_was_made_synchronous_is_reported_so():
-    (found,) = program(
-        f"%s = f32[2,8]{{1,0}} all-reduce-start(%p), channel_id=1, {GROUPS}, to_apply=%add, {SYNC}"
-    )
-    assert not found.asynchronous
-
-
-def test_a_wrapped_asynchronous_collective_is_found_once():
-    wrapped = (
-        "%wrapped (q: f32[2,8]) -> f32[1,8] {\n"
-        "  %q = f32[2,8]{1,0} parameter(0)\n"
-        f"  ROOT %rs = f32[1,8]{{1,0}} reduce-scatter(%q), channel_id=1, {GROUPS}, "
-        "dimensions={0}, to_apply=%add\n}\n"
-        "\n%add (a: f32[], b: f32[]) -> f32[] {\n  ROOT %sum = f32[] add(%a, %b)\n}\n"
-    )
-    (found,) = program(
-        "%s = ((f32[2,8]{1,0}), f32[1,8]{1,0}, u32[]) async-start(%p), calls=%wrapped",
-        "%u = ((f32[2,8]{1,0}), f32[1,8]{1,0}, u32[]) async-update(%s), calls=%wrapped",
-        "ROOT %d = f32[1,8]{1,0} async-done(%u), calls=%wrapped",
-        before=wrapped,
-    )
-    assert (found.kind, found.payload_bytes, found.asynchronous) == ("reduce_scatter", 64, True)
-
-
-def test_operands_printed_with_their_shapes_are_read_too():
-    (found,) = program(
-        "ROOT %a = (f32[1,8]{1,0}, f32[1,8]{1,0}) all-to-all(f32[1,8]{1,0} %p, f32[1,8]{1,0} %q), "
-        f"channel_id=1, {GROUPS}"
-    )
-    assert (found.kind, found.payload_bytes, found.groups[0]) == ("all_to_all", 64, (0, 1))
-
-
-def test_a_combined_collective_of_several_types_names_them_all():
-    (found,) = program(
-        f"ROOT %a = (f32[8]{{0}}, bf16[8]{{0}}) all-reduce(%p, %q), channel_id=1, {GROUPS}"
-    )
-    assert (found.dtype, found.payload_bytes) == ("float32+bfloat16", 48)
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        "fusion(%p), kind=kLoop, calls=%inner",
-        'call(%p), to_apply=%inner, frontend_attributes={xla_cpu_small_call="true"}',
-        'custom-call(%p), custom_call_target="f", called_computations={%inner}',
-        "conditional(%flag, %p, %p), true_computation=%inner, false_computation=%empty",
-        "conditional(%index, %p, %p), branch_computations={%inner, %empty}",
-    ],
-)
-def test_collectives_are_found_in_every_kind_of_called_computation(call):
-    inner = (
-        "%inner (q: f32[2,8]) -> f32[2,8] {\n"
-        f"  ROOT %g = f32[2,8]{{1,0}} collective-permute(%q), source_target_pairs={PAIRS}\n}}\n"
-        "\n%empty (q: f32[2,8]) -> f32[2,8] {\n  ROOT %q = f32[2,8]{1,0} parameter(0)\n}\n"
-    )
-    (found,) = program(f"ROOT %r = f32[2,8]{{1,0}} {call}", before=inner)
-    assert (found.kind, found.count) == ("ppermute", 1)
-    assert found.note == ("if branch 0 of 2 is taken" if "conditional" in call else "")
-
-
-# A loop as TPU programs print it: without a trip count, its counter copied between memories.
-COUNTED = """
-%body (s: (s32[], f32[2,8])) -> (s32[], f32[2,8]) {{
-  %s = (s32[]{{:T(128)}}, f32[2,8]{{1,0:T(8,128)}}) parameter(0)
-  %one = s32[]{{:T(128)}} constant({step})
-  %i = s32[]{{:T(128)}} get-tuple-element(%s), index=0
-  %copy.5 = s32[]{{:T(128)S(6)}} copy(%i)
-  %next = s32[]{{:T(128)}} {update}(%copy.5, %one)
-  %v = f32[2,8]{{1,0:T(8,128)}} get-tuple-element(%s), index=1
-  %g = f32[2,8]{{1,0:T(8,128)}} collective-permute(%v), source_target_pairs={pairs}
-  ROOT %t = (s32[]{{:T(128)}}, f32[2,8]{{1,0:T(8,128)}}) tuple(%next, %g)
-}}
-
-%condition (s: (s32[], f32[2,8])) -> pred[] {{
-  %limit = s32[]{{:T(128)}} constant({limit})
-  %s.1 = (s32[]{{:T(128)}}, f32[2,8]{{1,0:T(8,128)}}) parameter(0)
-  %i.1 = s32[]{{:T(128)}} get-tuple-element(%s.1), index=0
-  ROOT %lt = pred[]{{:T(512)}} compare(%i.1, %limit), direction={direction}
-}}
-"""
-LOOP = (
-    "%zero = s32[]{:T(128)} constant(0)",
-    "%copy.12 = s32[]{:T(128)} copy(%zero)",
-    "%t.1 = (s32[]{:T(128)}, f32[2,8]{1,0:T(8,128)}) tuple(%copy.12, %p)",
-    "%w = (s32[]{:T(128)}, f32[2,8]{1,0:T(8,128)}) while(%t.1), condition=%condition, body=%body",
-)
-
-
-def counted(**changes):
-    values = {"step": 1, "update": "add", "limit": 5, "direction": "LT", "pairs": PAIRS}
-    return COUNTED.format(**(values | changes))
-
-
-@pytest.mark.parametrize(
-    ("changes", "count"),
-    [
-        ({}, 5),
-        ({"step": 2}, 3),
-        ({"limit": 0}, 0),
-        ({"step": 0}, None),
-        ({"update": "multiply"}, None),
-        ({"direction": "GT"}, None),
-    ],
-    ids=str,
-)
-def test_a_loop_without_a_trip_count_is_counted_from_its_counter_or_not_at_all(changes, count):
-    (found,) = program(*LOOP, before=counted(**changes))
-    assert found.count == count
-    assert found.note == ("trip count of w unknown" if count is None else "")
-
-
-def test_a_known_trip_count_is_taken_from_the_loop():
-    loop = f'{LOOP[-1]}, backend_config={{"known_trip_count":{{"n":"7"}},"dynamic_variables":[]}}'
-    (found,) = program(loop, before=counted(update="multiply"))
-    assert (found.count, found.note) == (7, "")
-
-
-def test_a_collective_without_a_kind_is_refused_by_name():
-    with pytest.raises(ValueError, match="got ragged-all-to-all in r"):
-        program("ROOT %r = f32[2,8]{1,0} ragged-all-to-all(%p, %q)")
-
-
-def test_transfers_to_the_host_are_no_collectives():
-    assert program("%s = (f32[8]{0}, u32[], token[]) send(%p, %t), is_host_transfer=true") == ()
