@@ -164,7 +164,7 @@ class MLP:
             place(self.widths, mesh, strategy),
             bias=self.bias,
             batch_size=batch_size,
-            item_bytes=jnp.dtype(jnp.float32 if dtype is None else dtype).itemsize,
+            dtype=jnp.dtype(jnp.float32 if dtype is None else dtype).name,
             loss=None if loss is None else get_loss(loss),
             penalty=isinstance(get_regularizer(regularizer), ElementwisePenalty),
         )

@@ -3,10 +3,14 @@
 from dataclasses import dataclass
 from math import prod
 
-from tpmlp.kernels.cost import Collective, layer_collectives, loss_collectives
+import jax.numpy as jnp
+
+from tpmlp.kernels.cost import Collective
+from tpmlp.kernels.execution import execution
 from tpmlp.layout import padded, parse_layout
 from tpmlp.losses import Loss
 from tpmlp.placement import Placement
+from tpmlp.predict import step_collectives
 from tpmlp.table import format_bytes, text_table
 
 
@@ -42,7 +46,6 @@ class Summary:
         padding: padded width of each logical width that the mesh does not divide.
         parts: of every W_l, b_l, h_l, z_l, g_l, in the order of the layers.
         collectives: of one step, in order.
-        item_bytes: bytes of an element.
     """
 
     mesh: dict[str, int]
@@ -51,12 +54,11 @@ class Summary:
     padding: dict[int, int]
     parts: tuple[Part, ...]
     collectives: tuple[Collective, ...]
-    item_bytes: int
 
     @property
     def bytes_moved(self) -> float:
         """Bytes that a device receives in one step."""
-        return sum(c.words for c in self.collectives) * self.item_bytes
+        return sum(c.bytes for c in self.collectives)
 
     def __str__(self) -> str:
         return "\n".join([self.arrays_table(), self.notes(), "", self.collectives_table()])
@@ -93,12 +95,13 @@ class Summary:
                 c.kind,
                 "*".join(c.axes),
                 str(c.num_devices),
-                format_bytes(c.words * self.item_bytes),
+                str(c.times),
+                format_bytes(c.bytes),
             )
             for c in self.collectives
         ]
-        rows.append(("step", "all", "", "", "", format_bytes(self.bytes_moved)))
-        headers = ["phase", "tensor", "collective", "over", "devices", "a device receives"]
+        rows.append(("step", "all", "", "", "", "", format_bytes(self.bytes_moved)))
+        headers = ["phase", "tensor", "collective", "over", "devices", "times", "a device receives"]
         return text_table(headers, rows)
 
 
@@ -107,7 +110,7 @@ def summarize(
     *,
     bias: bool,
     batch_size: int,
-    item_bytes: int,
+    dtype: str,
     loss: Loss | None = None,
     penalty: bool = False,
 ) -> Summary:
@@ -117,12 +120,12 @@ def summarize(
         placement: the layers on their mesh.
         bias: whether the layers have biases.
         batch_size: samples of one step.
-        item_bytes: bytes of an element.
+        dtype: of the parameters.
         loss: the loss; None leaves its collectives out.
         penalty: whether there is an elementwise R(W).
     """
     moved = step_collectives(
-        placement, bias=bias, batch_size=batch_size, loss=loss, penalty=penalty
+        placement, bias=bias, batch_size=batch_size, dtype=dtype, loss=loss, penalty=penalty
     )
     return Summary(
         mesh=placement.sizes,
@@ -133,58 +136,24 @@ def summarize(
             for width, whole in zip(placement.widths, placement.padded_widths, strict=True)
             if width != whole
         },
-        parts=tuple(_parts(placement, bias, batch_size, item_bytes)),
+        parts=tuple(_parts(placement, bias, batch_size, dtype)),
         collectives=tuple(moved),
-        item_bytes=item_bytes,
     )
 
 
-def step_collectives(
-    placement: Placement,
-    *,
-    bias: bool,
-    batch_size: int,
-    loss: Loss | None = None,
-    penalty: bool = False,
-) -> list[Collective]:
-    """Return the collectives of one training step, in order; arguments as in `summarize`."""
-    batch = padded(batch_size, placement.sizes["data"]) // placement.sizes["data"]
-    widths = placement.padded_widths
-    layers = [
-        layer_collectives(
-            l,
-            d_in=widths[l - 1],
-            d_out=widths[l],
-            batch=batch,
-            bias=bias,
-            input_gradient=l > 1,
-            axes=axes,
-            sizes=placement.sizes,
-        )
-        for l, axes in enumerate(placement.axes, 1)
-    ]
-    objective = loss_collectives(
-        num_outputs=widths[-1] if loss is not None and loss.targets == "any" else 0,
-        num_reduced=0 if loss is None else loss.num_reduced,
-        num_scalars=0 if loss is None else 3,
-        batch=batch,
-        penalty=penalty,
-        sizes=placement.sizes,
-    )
-    forward = [c for layer in layers for c in layer if c.phase == "forward"]
-    backward = [c for layer in reversed(layers) for c in layer if c.phase == "backward"]
-    return [*forward, *objective, *backward]
-
-
-def _parts(placement: Placement, bias: bool, batch_size: int, item_bytes: int) -> list[Part]:
+def _parts(placement: Placement, bias: bool, batch_size: int, dtype: str) -> list[Part]:
     parts = []
-    rows = padded(batch_size, placement.sizes["data"])
+    run = execution(placement, jnp.dtype(dtype))
+    item_bytes = {"W": jnp.dtype(dtype).itemsize, "b": jnp.dtype(dtype).itemsize}
+    item_bytes |= {"h": run.compute.itemsize, "z": run.compute.itemsize, "g": run.total.itemsize}
+    rows = padded(batch_size, placement.row_blocks)
+    W_layout, b_layout = placement.param_layouts
     for l, role in enumerate(placement.words, 1):
         d_in, d_out = placement.widths[l - 1 : l + 1]
         W, b = placement.layer_shapes(l)
         whole = {
-            f"W_{l}": ("O/g I/s", (d_out, d_in), W),
-            f"b_{l}": ("O/g/s", (d_out,), b),
+            f"W_{l}": (W_layout, (d_out, d_in), W),
+            f"b_{l}": (b_layout, (d_out,), b),
             f"h_{l}": ("I/s/g B/d", (batch_size, d_in), (rows, W[1])),
             f"z_{l}": ("O/g/s B/d", (batch_size, d_out), (rows, W[0])),
             f"g_{l}": ("O/g/s B/d", (batch_size, d_out), (rows, W[0])),
@@ -200,7 +169,7 @@ def _parts(placement: Placement, bias: bool, batch_size: int, item_bytes: int) -
                 size // prod([placement.sizes[axes[a]] for a in dim.axes])
                 for size, dim in zip(shape, order, strict=True)
             )
-            size = prod(local) * item_bytes
+            size = prod(local) * item_bytes[tensor[0]]
             parts.append(
                 Part(
                     tensor=tensor,

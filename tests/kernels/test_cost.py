@@ -14,7 +14,7 @@ from tests.cases import ONE_LAYOUT, PLACEMENTS, mesh_of, name_of, strategy_of
 from tpmlp.kernels.cost import Collective, layer_words
 from tpmlp.losses import get_loss
 from tpmlp.placement import place
-from tpmlp.summary import step_collectives
+from tpmlp.predict import step_collectives
 
 WIDTHS = (17, 12, 20, 10)
 BATCH = 30
@@ -57,7 +57,7 @@ def volumes(rows: list[Collective]) -> dict[tuple[str, frozenset[str]], Fraction
     total: dict[tuple[str, frozenset[str]], Fraction] = {}
     for row in rows:
         rounds = 2 if row.kind == "all_reduce" else 1
-        words = Fraction(rounds * row.elements * (row.num_devices - 1), row.num_devices)
+        words = Fraction(rounds * row.elements * (row.num_devices - 1), row.num_devices) * row.times
         key = row.kind, frozenset(row.axes)
         total[key] = total.get(key, Fraction()) + ITEM_BYTES * words
     return total

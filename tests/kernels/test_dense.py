@@ -1,21 +1,26 @@
 """One dense layer, forward and backward, on every mesh under both choices of roles.
 
+Plain, and as rings in one and in both directions: the same claims for each.
+
 z alone fails: the forward product, its reduce-scatter or the bias. dW alone: the product g h^T or
 its sum over data. db alone: the sum over the batch. dh alone: W^T g or its reduce-scatter. On some
 meshes only: the collectives of that axis (tests/test_collectives.py says more).
 """
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import numpy as np
 import pytest
 
+import tpmlp
 from conftest import MESHES
 from tests.cases import Sizes, mesh_of, name_of, relative_error
 from tests.tolerances import FLOAT64
-from tpmlp.kernels import dense
+from tpmlp.kernels import dense, ring
+from tpmlp.kernels.execution import Execution, execution
 from tpmlp.layout import padded, partition_spec
+from tpmlp.placement import place
 
 I, O, B = 20, 12, 16
 ROLES = {
@@ -46,15 +51,35 @@ def operands(num_blocks: int, dtype: str) -> dict[str, np.ndarray]:
     return {name: rng.normal(size=shape) for name, shape in shapes.items()}
 
 
+KERNELS = {"plain": dense, "ring": ring, "bidirectional_ring": ring}
+
+
+def choices(sizes: Sizes, kernel: str, dtype: str) -> Execution:
+    """Return the kernel's choices for a strategy with this overlap."""
+    overlap = "none" if kernel == "plain" else kernel
+    placement = place((I, O), mesh_of(sizes), tpmlp.Strategy(overlap=overlap))
+    return execution(placement, np.dtype(dtype))
+
+
+def passes(W, b, h, g, *, kernel: str, run: Execution, axes: dict[str, str]):
+    """Run one layer forward and backward on local blocks; return the tensors of TENSORS."""
+    layer = KERNELS[kernel]
+    h, g_all = layer.gather_input(h, run, **axes), layer.gather_gradient(g, run, **axes)
+    dW, db = layer.backward_weight(g_all, h, run, **axes), dense.backward_bias(g, **axes)
+    return (
+        layer.forward(W, b, h, run, **axes),
+        dense.reduce_weight(dW, run, **axes),
+        dense.reduce_bias(db, run, **axes),
+        layer.backward_input(W, g_all, run, **axes),
+    )
+
+
 @cache
-def layer(sizes: Sizes, roles: str, dtype: str) -> dict[str, np.ndarray]:
+def layer(sizes: Sizes, roles: str, dtype: str, kernel: str) -> dict[str, np.ndarray]:
     """Run the kernel forward and backward."""
     mesh, axes = mesh_of(sizes), ROLES[roles]
     specs = {name: partition_spec(layout, mesh, axes) for name, layout in LAYOUTS.items()}
-
-    def body(W, b, h, g):
-        return dense.forward(W, b, h, **axes), *dense.backward(W, h, g, **axes)
-
+    body = partial(passes, kernel=kernel, run=choices(sizes, kernel, dtype), axes=axes)
     run = jax.shard_map(
         body,
         mesh=mesh,
@@ -74,29 +99,34 @@ def by_numpy(sizes: Sizes, dtype: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("tensor", TENSORS)
 @pytest.mark.parametrize("roles", ROLES)
 @pytest.mark.parametrize("sizes", MESHES, ids=name_of)
-def test_float64_tensor_equals_numpy(sizes, roles, tensor):
-    got = layer(sizes, roles, "float64")[tensor]
+@pytest.mark.parametrize("kernel", ["plain", "ring"])
+def test_float64_tensor_equals_numpy(kernel, sizes, roles, tensor):
+    got = layer(sizes, roles, "float64", kernel)[tensor]
     assert relative_error(got, by_numpy(sizes, "float64")[tensor]) <= FLOAT64
 
 
 @pytest.mark.parametrize("tensor", TENSORS)
 @pytest.mark.parametrize("roles", ROLES)
 @pytest.mark.parametrize("sizes", MESHES, ids=name_of)
-def test_integer_tensor_equals_numpy_bit_for_bit(sizes, roles, tensor):
-    got = layer(sizes, roles, "float32")[tensor]
+@pytest.mark.parametrize("kernel", ["plain", "bidirectional_ring"])
+def test_integer_tensor_equals_numpy_bit_for_bit(kernel, sizes, roles, tensor):
+    got = layer(sizes, roles, "float32", kernel)[tensor]
     np.testing.assert_array_equal(got, by_numpy(sizes, "float32")[tensor])
 
 
+@pytest.mark.parametrize("kernel", ["plain", "ring"])
 @pytest.mark.parametrize("roles", ROLES)
-def test_each_device_holds_its_share_of_every_tensor(roles):
-    mesh, axes = mesh_of((2, 2, 2)), ROLES[roles]
+def test_each_device_holds_its_share_of_every_tensor(roles, kernel):
+    sizes = (2, 2, 2)
+    mesh, axes = mesh_of(sizes), ROLES[roles]
     held = []
 
     def body(W, b, h, g):
-        z = dense.forward(W, b, h, **axes)
-        dW, db, dh = dense.backward(W, h, g, **axes)
-        held.extend([z.shape, dW.shape, db.shape, dh.shape])
-        return z
+        tensors = passes(
+            W, b, h, g, kernel=kernel, run=choices(sizes, kernel, "float64"), axes=axes
+        )
+        held.extend(tensor.shape for tensor in tensors)
+        return tensors[0]
 
     specs = {name: partition_spec(layout, mesh, axes) for name, layout in LAYOUTS.items()}
     in_specs = tuple(specs[name] for name in "Wbhg")

@@ -138,7 +138,7 @@ def verify(
         >>> report.ok, len(report.checks)
         (True, 12)
     """
-    kind = _check_arguments(kind, batch_size)
+    kind = _check_arguments(kind, batch_size, strategy)
     if kind == "integers":
         model, loss = replace(model, activation="relu"), "output"
     meant = get_loss(loss)
@@ -200,10 +200,16 @@ class _Data:
         return cls(arrays=arrays, x=x, y=y, weight=weights.astype(dtype))
 
 
-def _check_arguments(kind: Any, batch_size: Any) -> Kind:
+def _check_arguments(kind: Any, batch_size: Any, strategy: Strategy | None) -> Kind:
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(
             f"batch_size must be an integer, at least 1: got batch_size={batch_size!r}. Use 30."
+        )
+    if strategy is not None and (strategy.compute_dtype or strategy.reduce_dtype):
+        raise ValueError(
+            "strategy must compute in the parameters' own type to be verified: got compute_dtype="
+            f"{strategy.compute_dtype!r}, reduce_dtype={strategy.reduce_dtype!r}. Leave both out: "
+            "the bounds here know one rounding."
         )
     x64 = jax.config.read("jax_enable_x64")
     kind = kind or ("float64" if x64 else "float32")

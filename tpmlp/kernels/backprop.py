@@ -41,8 +41,8 @@ class Forward(NamedTuple):
     """What the forward pass gives.
 
     Attributes:
-        z: z_1 .. z_{L+1}, each "O/g/s B/d", the last in the total type, the others in the compute
-            type. What `keep` drops and nothing else reads is freed.
+        z: z_1 .. z_{L+1}, each "O/g/s B/d", the last in the parameters' type, the others in the
+            compute type. What `keep` drops and nothing else reads is freed.
         h: h_1 .. h_{L+1}, gathered: "I/s B/d", or in the blocks of a ring.
     """
 
@@ -122,6 +122,7 @@ def backward(
         reduce: whether gradients are summed over the data axis here.
     """
     run, layer = execution(chain.placement, layers[0][0].dtype), _layer(chain)
+    g = g.astype(run.total)
     z, grads, all_g, dh = list(kept.z), [], [g], None
     for l in range(len(layers), 0, -1):
         axes = chain.placement.axes[l - 1]
@@ -175,9 +176,9 @@ def _forward(
         axes, (W, b) = chain.placement.axes[l - 1], layers[l - 1]
         h = layer_input(before, l, run, chain)
         gathered.append(layer.gather_input(h, run, **axes))
-        b = dense.gather_bias(b, run, **axes)
-        z_l = layer.forward(_weight(W, h, run, axes), b, gathered[-1], run, **axes)
-        before = z_l.astype(run.compute) if l < len(layers) else z_l
+        W_l, b_l = _weight(W, h, run, axes), _bias(b, h, run, axes)
+        z_l = layer.forward(W_l, b_l, gathered[-1], run, **axes)
+        before = z_l.astype(run.compute if l < len(layers) else W.dtype)
         z.append(before)
     return Forward(z, gathered)
 
@@ -239,6 +240,15 @@ def _layer(chain: Chain) -> Any:
 def _weight(W: jax.Array, ready: jax.Array, run: Execution, axes: dict[str, str]) -> jax.Array:
     """Return W as the layer multiplies it; one that is gathered is gathered anew at each use."""
     return dense.gather_weights(after(W, ready) if run.splits_data else W, run, **axes)
+
+
+def _bias(
+    b: jax.Array | None, ready: jax.Array, run: Execution, axes: dict[str, str]
+) -> jax.Array | None:
+    """Return b as the layer adds it; `_weight` for a vector."""
+    if b is None:
+        return None
+    return dense.gather_bias(after(b, ready) if run.splits_data else b, run, **axes)
 
 
 def _fetched(z: jax.Array | None, chain: Chain) -> jax.Array | None:

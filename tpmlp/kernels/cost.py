@@ -1,7 +1,7 @@
-"""What the kernel costs, as the docstrings of tpmlp.kernels.dense say, as numbers.
+"""What the kernel moves, as the docstrings of tpmlp.kernels.dense say, as numbers.
 
 Pure arithmetic: no arrays, no JAX. The suite compares these rows with the collectives counted in
-the compiled program, on every mesh.
+the compiled program, on every mesh and under every strategy.
 """
 
 import math
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "ppermute"]
+Phase = Literal["forward", "loss", "backward"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,89 +21,170 @@ class Collective:
         phase: "forward", "loss" or "backward".
         layer: l, 1-based; 0 for what belongs to no layer.
         tensor: what it moves, in the notation of the mathematics.
-        kind: "all_gather", "reduce_scatter" or "all_reduce".
+        kind: "all_gather", "reduce_scatter" or "all_reduce"; "ppermute" for all hops of a ring.
         axes: the mesh axes it runs over, none of size 1.
         num_devices: devices in one group, p.
         elements: elements of the whole: of the gathered array, of the array that is summed.
+        item_bytes: bytes of an element as it moves.
+        times: how often it runs in a step: once for each microbatch, or once.
     """
 
-    phase: Literal["forward", "loss", "backward"]
+    phase: Phase
     layer: int
     tensor: str
     kind: Kind
     axes: tuple[str, ...]
     num_devices: int
     elements: int
+    item_bytes: int = 4
+    times: int = 1
 
     @property
     def words(self) -> int | float:
-        """Elements a device receives: (p-1)/p of the whole, twice that for an all-reduce.
+        """Elements a device receives each time: (p-1)/p of the whole, twice for an all-reduce.
 
         These are the volumes of ring algorithms, which are also lower bounds. An int where whole.
         """
+        return _number(self._words())
+
+    @property
+    def bytes(self) -> int | float:
+        """Bytes a device receives in a step, exact before the last rounding."""
+        return _number(self._words() * self.item_bytes * self.times)
+
+    def _words(self) -> Fraction:
         rounds = 2 if self.kind == "all_reduce" else 1
-        words = Fraction(rounds * self.elements * (self.num_devices - 1), self.num_devices)
-        return int(words) if words.denominator == 1 else float(words)
+        return Fraction(rounds * self.elements * (self.num_devices - 1), self.num_devices)
 
 
-def layer_collectives(
-    layer: int,
-    *,
-    d_in: int,
-    d_out: int,
-    batch: int,
-    bias: bool,
-    input_gradient: bool,
-    axes: dict[str, str],
-    sizes: dict[str, int],
-) -> list[Collective]:
-    """Return the collectives of one dense layer in one training step, in order.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerShape:
+    """What one layer is on one device, in numbers.
 
-    Args:
+    Attributes:
         layer: l, 1-based.
         d_in: padded width of the input.
         d_out: padded width of the output.
-        batch: samples on one device.
+        batch: samples of one microbatch on one device.
         bias: whether the layer has one.
-        input_gradient: whether dh is needed: for every layer but the first.
         axes: mesh axis of the roles g, s, d.
-        sizes: number of devices of each mesh axis.
+        sizes: devices on each mesh axis.
     """
-    g, s = sizes[axes["g"]], sizes[axes["s"]]
-    h, z = d_in // s * batch, d_out // g * batch
-    rows: list[tuple[Literal["forward", "backward"], str, Kind, str, int]] = [
-        ("forward", "h", "all_gather", "g", h),
-        ("forward", "z", "reduce_scatter", "s", z),
-        ("backward", "g", "all_gather", "s", z),
-        ("backward", "h", "all_gather", "g", h),
-        ("backward", "dW", "all_reduce", "d", d_out // g * (d_in // s)),
-    ]
-    if bias:
-        rows.append(("backward", "db", "all_reduce", "d", d_out // g // s))
-    if input_gradient:
-        rows.append(("backward", "dh", "reduce_scatter", "g", h))
-    return [
-        Collective(
-            phase=phase,
-            layer=layer,
-            tensor=tensor,
-            kind=kind,
-            axes=(axes[role],),
-            num_devices=sizes[axes[role]],
-            elements=elements,
-        )
-        for phase, tensor, kind, role, elements in rows
-        if sizes[axes[role]] > 1
-    ]
+
+    layer: int
+    d_in: int
+    d_out: int
+    batch: int
+    bias: bool
+    axes: dict[str, str]
+    sizes: dict[str, int]
+
+    def size(self, role: str) -> int:
+        """Return the devices on the axis of a role."""
+        return self.sizes[self.axes[role]]
+
+    @property
+    def h(self) -> int:
+        """Elements of the gathered input."""
+        return self.d_in // self.size("s") * self.batch
+
+    @property
+    def z(self) -> int:
+        """Elements of the output before it is scattered; of the gathered g."""
+        return self.d_out // self.size("g") * self.batch
+
+    @property
+    def W(self) -> int:
+        """Elements of this device's block of W, as it is multiplied."""
+        return self.d_out // self.size("g") * (self.d_in // self.size("s"))
+
+    @property
+    def b(self) -> int:
+        """Elements of this device's block of b, as it is added."""
+        return self.d_out // self.size("g") // self.size("s")
+
+    @property
+    def output(self) -> int:
+        """Elements of this device's share of z."""
+        return self.b * self.batch
+
+    @property
+    def input(self) -> int:
+        """Elements of this device's share of h."""
+        return self.d_in // self.size("g") // self.size("s") * self.batch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Types:
+    """Bytes of an element by what it is, and what else a strategy says of collectives.
+
+    Attributes:
+        param: of parameters, biases and losses.
+        compute: of what is gathered.
+        reduce: of what is summed over devices.
+        ring: whether gathers and scatters of activations are rings of hops.
+        splits_data: whether parameters are split over the data axis.
+        microbatches: parts of the batch.
+    """
+
+    param: int
+    compute: int
+    reduce: int
+    ring: bool
+    splits_data: bool
+    microbatches: int
+
+
+def forward_collectives(
+    shape: LayerShape, types: Types, phase: Phase = "forward"
+) -> list[Collective]:
+    """Return the collectives of a layer's forward pass; phase "backward" where it is repeated."""
+    gather, scatter = _kinds(types)
+    return _rows(
+        shape,
+        types,
+        *_weight_gathers(shape, types, phase, bias=shape.bias),
+        (phase, "h", gather, "g", shape.h, types.compute),
+        (phase, "z", scatter, "s", shape.z, types.reduce),
+    )
+
+
+def backward_collectives(
+    shape: LayerShape, types: Types, *, input_gradient: bool, gathers_input: bool
+) -> list[Collective]:
+    """Return the collectives of a layer's backward pass, gradients summed over data left out.
+
+    Args:
+        shape: the layer.
+        types: bytes of an element.
+        input_gradient: whether dh is needed: for every layer but the first.
+        gathers_input: whether h is gathered again.
+    """
+    gather, scatter = _kinds(types)
+    rows = [("backward", "g", gather, "s", shape.z, types.compute)]
+    rows += [("backward", "dh", scatter, "g", shape.h, types.reduce)] if input_gradient else []
+    rows += [("backward", "h", gather, "g", shape.h, types.compute)] if gathers_input else []
+    # The only use of W in the backward pass is dh.
+    weights = _weight_gathers(shape, types, "backward", bias=False) if input_gradient else []
+    return _rows(shape, types, *weights, *rows)
+
+
+def gradient_collectives(shape: LayerShape, types: Types) -> list[Collective]:
+    """Return the collectives that sum a layer's gradients over the data axis."""
+    kind: Kind = "reduce_scatter" if types.splits_data else "all_reduce"
+    rows = [("backward", "dW", kind, "d", shape.W, types.reduce)]
+    rows += [("backward", "db", kind, "d", shape.b, types.reduce)] if shape.bias else []
+    return _rows(shape, types, *rows, times=types.microbatches if types.splits_data else 1)
 
 
 def loss_collectives(
     *,
     num_outputs: int,
     num_reduced: int,
-    num_scalars: int,
+    mean: bool,
     batch: int,
     penalty: bool,
+    types: Types,
     sizes: dict[str, int],
 ) -> list[Collective]:
     """Return the collectives of the objective: losses, their mean, and R(W).
@@ -110,23 +192,22 @@ def loss_collectives(
     Args:
         num_outputs: padded width of the outputs that a user's loss gathers; 0 for the others.
         num_reduced: elements all-reduced over the tensor axes for each sample.
-        num_scalars: of the batch, all-reduced over the data axis: loss, weight, correct.
-        batch: samples on one device.
+        mean: whether the total weight is divided by, and so needed.
+        batch: samples of one microbatch on one device.
         penalty: whether there is an R(W) that each device sums on its own block.
-        sizes: number of devices of each mesh axis.
+        types: bytes of an element.
+        sizes: devices on each mesh axis.
     """
     tensor_axes = tuple(a for a in ("x", "y") if sizes[a] > 1)
     data_axes = ("data",) if sizes["data"] > 1 else ()
-    rows: list[tuple[str, Kind, tuple[str, ...], int]] = [
-        ("outputs", "all_gather", tensor_axes, num_outputs * batch),
-        ("loss of each sample", "all_reduce", tensor_axes, num_reduced * batch),
-        (
-            "loss, weight, correct",
-            "all_reduce",
-            data_axes,
-            num_scalars,
-        ),
-        ("R(W)", "all_reduce", tensor_axes, int(penalty)),
+    split_axes = (*data_axes, *tensor_axes) if types.splits_data else tensor_axes
+    parts = types.microbatches
+    rows: list[tuple[str, Kind, tuple[str, ...], int, int]] = [
+        ("total weight", "all_reduce", data_axes, int(mean), 1),
+        ("outputs", "all_gather", tensor_axes, num_outputs * batch, parts),
+        ("loss of each sample", "all_reduce", tensor_axes, num_reduced * batch, parts),
+        ("loss, correct", "all_reduce", data_axes, 2, 1),
+        ("R(W)", "all_reduce", split_axes, int(penalty), 1),
     ]
     return [
         Collective(
@@ -137,8 +218,10 @@ def loss_collectives(
             axes=names,
             num_devices=math.prod(sizes[name] for name in names),
             elements=elements,
+            item_bytes=types.param,
+            times=times,
         )
-        for tensor, kind, names, elements in rows
+        for tensor, kind, names, elements, times in rows
         if names and elements
     ]
 
@@ -157,3 +240,41 @@ def layer_words(*, d_in: int, d_out: int, g: int, s: int, input_gradient: bool) 
     """
     gathers = 3 if input_gradient else 2
     return gathers * d_in / s * (g - 1) / g + 2 * d_out / g * (s - 1) / s
+
+
+_Row = tuple[Phase, str, Kind, str, int, int]
+
+
+def _kinds(types: Types) -> tuple[Kind, Kind]:
+    return ("ppermute", "ppermute") if types.ring else ("all_gather", "reduce_scatter")
+
+
+def _weight_gathers(shape: LayerShape, types: Types, phase: Phase, *, bias: bool) -> list[_Row]:
+    if not types.splits_data:
+        return []
+    rows: list[_Row] = [(phase, "W", "all_gather", "d", shape.W, types.compute)]
+    return [*rows, (phase, "b", "all_gather", "d", shape.b, types.param)] if bias else rows
+
+
+def _rows(
+    shape: LayerShape, types: Types, *rows: _Row, times: int | None = None
+) -> list[Collective]:
+    return [
+        Collective(
+            phase=phase,
+            layer=shape.layer,
+            tensor=tensor,
+            kind=kind,
+            axes=(shape.axes[role],),
+            num_devices=shape.size(role),
+            elements=elements,
+            item_bytes=item_bytes,
+            times=types.microbatches if times is None else times,
+        )
+        for phase, tensor, kind, role, elements, item_bytes in rows
+        if shape.size(role) > 1
+    ]
+
+
+def _number(value: Fraction) -> int | float:
+    return int(value) if value.denominator == 1 else float(value)

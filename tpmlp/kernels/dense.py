@@ -148,11 +148,10 @@ def gather_weights(W: jax.Array, run: Execution, /, **axes: str) -> jax.Array:
     return all_gather("O/g/d I/s -> O/g I/s", W.astype(run.compute), **axes)
 
 
-def gather_bias(b: jax.Array | None, run: Execution, /, **axes: str) -> jax.Array | None:
-    """Return b as the layer adds it, "O/g/s": `gather_weights` for a vector."""
-    if b is None or not run.splits_data:
-        return b
-    return all_gather("O/g/s/d -> O/g/s", b, **axes)
+def gather_bias(b: jax.Array, run: Execution, /, **axes: str) -> jax.Array:
+    """Return b as the layer adds it, "O/g/s" in the total type: `gather_weights` for a vector."""
+    b = all_gather("O/g/s/d -> O/g/s", b, **axes) if run.splits_data else b
+    return b.astype(run.total)
 
 
 def reduce_weight(dW: jax.Array, run: Execution, /, **axes: str) -> jax.Array:

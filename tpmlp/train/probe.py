@@ -149,7 +149,7 @@ def _check_padding(tx: Any, setting: _Setting, placement: Placement) -> None:
         "optimizer must not depend on the shapes of arrays where widths are padded: got "
         f"{', '.join(names)}, widths={placement.widths} padded to {placement.padded_widths} on "
         f"the mesh {shape}. Use an elementwise optimizer such as optax.adam(1e-3), or widths that "
-        f"{placement.num_blocks} divides."
+        f"{'data*' * placement.splits_data}x*y={placement.num_blocks} divides."
     )
 
 
