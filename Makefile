@@ -14,6 +14,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.set-up
 READY_GPU := $(VENV)/.set-up-gpu
 
+# PyTorch gets an environment of its own: it is only measured against.
+TORCH_VENV := $(VENV)-torch
+READY_TORCH := $(TORCH_VENV)/.set-up
+TORCH_PINS := experiments/bench/torch-requirements.txt
+
 EXTRAS := dev,exchange,experiments
 # Installed first and used without build isolation, which would fetch unpinned ones.
 BUILD_TOOLS := hatchling editables
@@ -49,14 +54,16 @@ define CHECK_PYTHON
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train verify picture test test-gpu check format pins clean
+.PHONY: help setup train verify picture bench bench-torch bench-gpu test test-gpu check format \
+        pins clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo 'make PYTHON=/path/to/python3.12 TARGET uses that interpreter, in .venv-3.12.'
 	@echo 'make train takes $(wordlist 1,8,$(TRAIN_VARIABLES))'
 	@echo '           $(wordlist 9,99,$(TRAIN_VARIABLES)), as NAME=value.'
+	@echo 'make bench, bench-torch and bench-gpu take BENCH_ARGS="..."; "--help" explains them.'
 	@echo 'make test and make test-gpu take PYTEST_ARGS="..." for pytest.'
 
 setup: $(READY) ## Make the environment with pinned packages; targets that need it do so first
@@ -75,6 +82,13 @@ $(READY_GPU): $(READY)
 	@$(INSTALL_PACKAGE) '.[cuda]'
 	@touch $@
 
+$(READY_TORCH): $(TORCH_PINS)
+	$(CHECK_PYTHON)
+	@echo 'Setting up $(TORCH_VENV) with PyTorch: some GB where its wheel brings CUDA along.'
+	@"$(PYTHON)" -m venv $(TORCH_VENV)
+	@$(TORCH_VENV)/bin/python $(PIP_INSTALL) --requirement $(TORCH_PINS)
+	@touch $@
+
 train: $(READY) ## Train on handwritten digits, or on DATA=file.npz or file.csv; write results/train
 	@$(BIN)/python -m experiments.train $(foreach name,$(TRAIN_VARIABLES),$(call flag,$(name)))
 
@@ -83,6 +97,17 @@ verify: $(READY) ## Compare every tensor with the unsharded reference, on all me
 
 picture: $(READY) ## Draw one layer on its devices: docs/layer.svg and results/layer.png
 	@$(BIN)/python -m experiments.picture
+
+bench: $(READY) ## Time and weigh the kernel against plain JAX; write results/bench (under an hour)
+	@$(BIN)/python -m experiments.bench $(BENCH_ARGS)
+
+bench-torch: $(READY) $(READY_TORCH) ## Time the kernel against PyTorch's tensor parallelism
+	@$(BIN)/python -m experiments.bench.pytorch --python $(TORCH_VENV)/bin/python $(BENCH_ARGS)
+
+bench-gpu: $(READY) ## Time a train step on a GPU against a bare product and plain JAX
+	@nvidia-smi --list-gpus 2>/dev/null || { echo 'bench-gpu needs an NVIDIA GPU: none is here.' >&2; exit 2; }
+	@$(MAKE) --no-print-directory $(READY_GPU)
+	@JAX_PLATFORMS=cuda,cpu $(BIN)/python -m experiments.bench.gpu $(BENCH_ARGS)
 
 test: $(READY) ## Run the suite and the doctests, on simulated CPU devices
 	@$(PYTEST) $(PYTEST_ARGS)
@@ -106,6 +131,6 @@ pins: ## Print what pip would choose under PYTHON today, as lines for constraint
 	@$(VENV)-pins/bin/python -m pip freeze --exclude tpmlp
 	@rm -rf $(VENV)-pins
 
-clean: ## Remove the environment of PYTHON, caches and build output; results stay
-	@rm -rf $(VENV) build dist .hypothesis .pytest_cache .ruff_cache
+clean: ## Remove the environments of PYTHON, caches and build output; results stay
+	@rm -rf $(VENV) $(TORCH_VENV) build dist .hypothesis .pytest_cache .ruff_cache
 	@find tpmlp tests experiments -name __pycache__ -prune -exec rm -rf {} +
