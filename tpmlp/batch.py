@@ -89,13 +89,15 @@ def place_batch(placement: Placement, loss: Loss, batch: Batch) -> Batch:
     Traced arrays (inside a caller's jit) have no values to check: their shapes are.
     """
     if any(isinstance(array, Tracer) for array in batch):
-        if batch.weight is not None and _shapes(batch) == _padded_shapes(placement, loss, batch):
+        if batch.weight is not None and _shapes(batch) == _padded_shapes(
+            placement, loss, _shapes(batch)
+        ):
             if loss.targets != "values":
                 loss.check_targets(batch.y, batch.weight.shape[0], placement.widths[-1])
             return batch
         return _pad(placement, loss, check_shapes(placement, loss, batch), jnp)
     shardings = batch_shardings(placement, loss)
-    fits = _shapes(batch) == _padded_shapes(placement, loss, batch)
+    fits = _shapes(batch) == _padded_shapes(placement, loss, _shapes(batch))
     if fits and all(map(_is_placed, batch, shardings)):
         return batch
     on_host = Batch(*(np.asarray(a) if isinstance(a, jax.Array) else a for a in batch))
@@ -158,7 +160,7 @@ def _pad(placement: Placement, loss: Loss, batch: Batch, library: ModuleType) ->
     Padding samples are copies of the last one, with weight 0: whatever a user's activation is at
     real samples, it is there too, while at a sample of zeros it need not be finite.
     """
-    x, y, weight = _padded_shapes(placement, loss, batch)
+    x, y, weight = _padded_shapes(placement, loss, _shapes(batch))
     return Batch(
         fill(batch.x, x, library),
         None if y is None else fill(batch.y, y, library),
@@ -175,8 +177,21 @@ def fill(array: Any, shape: tuple[int, ...], library: ModuleType) -> Any:
     return library.pad(rows, [(0, 0), *((0, n) for n in missing[1:])])
 
 
-def _padded_shapes(placement: Placement, loss: Loss, batch: Batch) -> Batch:
-    shapes = _shapes(batch)
+def padded_shapes(placement: Placement, loss: Loss, batch_size: int) -> Batch:
+    """Return the shapes of a batch on the mesh.
+
+    Raises:
+        ValueError: a user's loss, whose targets only the user knows.
+    """
+    if loss.targets == "any":
+        raise ValueError(
+            f"loss must have targets of a known shape: got loss={loss.name!r}. Give the arrays, or "
+            "jax.ShapeDtypeStructs with the shardings of shard_batch, to step.lower."
+        )
+    return _padded_shapes(placement, loss, Batch((batch_size,), (), (batch_size,)))
+
+
+def _padded_shapes(placement: Placement, loss: Loss, shapes: Batch) -> Batch:
     rows = padded((shapes.x or (0,))[0], placement.row_blocks)
     d_in, d_out = placement.padded_widths[0], placement.padded_widths[-1]
     tail = {"values": (d_out,), "any": (shapes.y or ())[1:]}.get(loss.targets or "none", ())

@@ -147,7 +147,7 @@ def _check_padded(model: MLP, params: Any) -> None:
         for name, array in zip((f"W_{l}", f"b_{l}"), layer, strict=True):
             if array is None:
                 continue
-            if not isinstance(array, jax.Array) or not isinstance(array.sharding, NamedSharding):
+            if not isinstance(getattr(array, "sharding", None), NamedSharding):
                 placed = getattr(array, "sharding", type(array).__name__)
                 raise ValueError(
                     f"{name} must be a JAX array placed on a mesh: got {placed}. Place arrays of "
@@ -195,7 +195,7 @@ def _check_param(name: str, array: Any, shape: tuple[int, ...], sharding: NamedS
         "Parameters for another mesh or layout are moved by tpmlp.reshard(model, params, mesh, "
         "strategy=...); NumPy arrays are placed by tpmlp.from_numpy."
     )
-    if not isinstance(array, jax.Array):
+    if not isinstance(array, jax.Array | jax.ShapeDtypeStruct):
         raise ValueError(f"{name} must be a JAX array: got {type(array).__name__}. {way_out}")
     if array.shape != shape:
         raise ValueError(

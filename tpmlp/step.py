@@ -15,7 +15,14 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec
 
-from tpmlp.batch import Batch, batch_shardings, check_features, fill, place_batch
+from tpmlp.batch import (
+    Batch,
+    batch_shardings,
+    check_features,
+    fill,
+    padded_shapes,
+    place_batch,
+)
 from tpmlp.checks import check_finite
 from tpmlp.kernels import backprop
 from tpmlp.kernels import objective as kernel
@@ -27,6 +34,7 @@ from tpmlp.parameters import check_params, logical_layers
 from tpmlp.placement import Placement
 from tpmlp.regularizers import ElementwisePenalty, Regularizer, UserPenalty, get_regularizer
 from tpmlp.strategy import Strategy
+from tpmlp.summary import Summary
 
 Specs = Any
 
@@ -216,6 +224,75 @@ class Step:
     ) -> Any:
         """Return the lowered program, as jax.jit(...).lower does; arguments as in a call."""
         return self._jitted.lower(*self._checked(params, x, y, weight, cotangent))
+
+    def compile(self, batch_size: int, *, dtype: Any = None) -> jax.stages.Compiled:
+        """Compile for a batch size, without arrays; the mesh's devices may be only described.
+
+        Args:
+            batch_size: samples of one step.
+            dtype: of the parameters; float32 by default.
+
+        Returns:
+            The compiled program, to give to tpmlp.audit or to call with placed arrays.
+
+        Raises:
+            ValueError: batch_size is not positive; the loss is a user's, whose targets have no
+                known shape (use `lower`).
+            MemoryError: the program does not fit the device; shows what was predicted.
+
+        Examples:
+            >>> import tpmlp
+            >>> mesh = tpmlp.make_mesh(x=8)
+            >>> step = value_and_grad(tpmlp.MLP((64, 256, 10)), loss="cross_entropy", mesh=mesh)
+            >>> tpmlp.audit(step.compile(128)).counts["all_gather"]
+            3
+        """
+        summary = self._summary(batch_size, dtype)
+        params, batch = self._shapes(batch_size, dtype)
+        try:
+            return self._jitted.lower(params, batch).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise MemoryError(
+                f"the step must fit the memory of a device: got batch_size={batch_size} on "
+                f"{self.objective.placement.sizes}, and the compiler ran out. Use more devices, "
+                "keep='recompute', microbatches, shard_weights or a smaller type. Predicted:\n"
+                f"{summary}"
+            ) from error
+
+    def _summary(self, batch_size: int, dtype: Any) -> Summary:
+        objective = self.objective
+        return objective.model.summary(
+            objective.placement.mesh,
+            batch_size=batch_size,
+            strategy=objective.placement.strategy,
+            loss=objective.loss,
+            regularizer=objective.regularizer,
+            dtype=dtype,
+        )
+
+    def _shapes(self, batch_size: int, dtype: Any) -> tuple[Any, Batch]:
+        """Return parameters and a batch as ShapeDtypeStructs with shardings."""
+        objective, dtype = self.objective, jnp.dtype(jnp.float32 if dtype is None else dtype)
+        placement = objective.placement
+        shapes = padded_shapes(placement, objective.loss, batch_size)
+        dtypes = Batch(dtype, jnp.int32 if objective.loss.targets == "labels" else dtype, dtype)
+        placed = batch_shardings(placement, objective.loss)
+        batch = Batch(
+            *(
+                None if s is None else jax.ShapeDtypeStruct(shape, d, sharding=s)
+                for shape, d, s in zip(shapes, dtypes, placed, strict=True)
+            )
+        )
+        params = tuple(
+            tuple(
+                None if s is None else jax.ShapeDtypeStruct(shape, dtype, sharding=s)
+                for shape, s in zip(placement.layer_shapes(l), layer, strict=True)
+            )
+            for l, layer in enumerate(param_shardings(objective.model, placement), 1)
+        )
+        return params, batch
 
     def _checked(
         self, params: Params, x: Any, y: Any, weight: Any, cotangent: Any

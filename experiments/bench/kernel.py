@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import tpmlp
 from experiments.bench.problem import DType, Problem
@@ -91,5 +91,5 @@ def layouts(widths: tuple[int, ...], sizes: Sizes) -> dict[tuple[str, ...], str]
     return found
 
 
-def _strategy(dtype: DType, **fields: object) -> tpmlp.Strategy:
+def _strategy(dtype: DType, **fields: Any) -> tpmlp.Strategy:
     return tpmlp.Strategy(**fields, **({} if dtype == "float32" else {"compute_dtype": dtype}))

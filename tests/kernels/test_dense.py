@@ -8,6 +8,7 @@ meshes only: the collectives of that axis (tests/test_collectives.py says more).
 """
 
 from functools import cache, partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -56,7 +57,7 @@ KERNELS = {"plain": dense, "ring": ring, "bidirectional_ring": ring}
 
 def choices(sizes: Sizes, kernel: str, dtype: str) -> Execution:
     """Return the kernel's choices for a strategy with this overlap."""
-    overlap = "none" if kernel == "plain" else kernel
+    overlap: Any = "none" if kernel == "plain" else kernel
     placement = place((I, O), mesh_of(sizes), tpmlp.Strategy(overlap=overlap))
     return execution(placement, np.dtype(dtype))
 

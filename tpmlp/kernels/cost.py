@@ -161,9 +161,11 @@ def backward_collectives(
         gathers_input: whether h is gathered again.
     """
     gather, scatter = _kinds(types)
-    rows = [("backward", "g", gather, "s", shape.z, types.compute)]
-    rows += [("backward", "dh", scatter, "g", shape.h, types.reduce)] if input_gradient else []
-    rows += [("backward", "h", gather, "g", shape.h, types.compute)] if gathers_input else []
+    rows: list[_Row] = [("backward", "g", gather, "s", shape.z, types.compute)]
+    if input_gradient:
+        rows.append(("backward", "dh", scatter, "g", shape.h, types.reduce))
+    if gathers_input:
+        rows.append(("backward", "h", gather, "g", shape.h, types.compute))
     # The only use of W in the backward pass is dh.
     weights = _weight_gathers(shape, types, "backward", bias=False) if input_gradient else []
     return _rows(shape, types, *weights, *rows)
@@ -172,8 +174,9 @@ def backward_collectives(
 def gradient_collectives(shape: LayerShape, types: Types) -> list[Collective]:
     """Return the collectives that sum a layer's gradients over the data axis."""
     kind: Kind = "reduce_scatter" if types.splits_data else "all_reduce"
-    rows = [("backward", "dW", kind, "d", shape.W, types.reduce)]
-    rows += [("backward", "db", kind, "d", shape.b, types.reduce)] if shape.bias else []
+    rows: list[_Row] = [("backward", "dW", kind, "d", shape.W, types.reduce)]
+    if shape.bias:
+        rows.append(("backward", "db", kind, "d", shape.b, types.reduce))
     return _rows(shape, types, *rows, times=types.microbatches if types.splits_data else 1)
 
 

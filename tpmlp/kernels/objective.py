@@ -105,7 +105,10 @@ def accumulate(
     total = _total_weight(weight, chain)
 
     def add(carry: Any, part: Any) -> tuple[Any, None]:
-        sums, grads, *_ = _one_pass(layers, *part, total, chain=chain, loss=loss, reduce=splits)
+        x, y, weight = part
+        sums, grads, *_ = _one_pass(
+            layers, x, y, weight, total, chain=chain, loss=loss, reduce=splits
+        )
         return jax.tree.map(jnp.add, carry, (sums, grads)), None
 
     parts = jax.tree.map(lambda a: a.reshape(num_parts, -1, *a.shape[1:]), (x, y, weight))
