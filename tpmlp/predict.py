@@ -19,6 +19,7 @@ from tpmlp.kernels.cost import (
     loss_collectives,
 )
 from tpmlp.kernels.execution import execution
+from tpmlp.kernels.step_memory import StepTape
 from tpmlp.layout import padded
 from tpmlp.losses import Loss
 from tpmlp.placement import Placement
@@ -60,6 +61,26 @@ def step_collectives(
     return [*forward, *objective, *_backward(placement, shapes, types)]
 
 
+def step_temp_bytes(
+    placement: Placement, *, bias: bool, batch_size: int, dtype: str = "float32"
+) -> int:
+    """Return the bytes of temporaries that one training step needs on a device.
+
+    Args:
+        placement: the layers on their mesh, with their strategy.
+        bias: whether the layers have biases.
+        batch_size: samples of one step.
+        dtype: of the parameters.
+    """
+    step = StepTape(
+        shapes=layer_shapes(placement, bias=bias, batch_size=batch_size),
+        types=step_types(placement, dtype),
+        strategy=placement.strategy,
+        writes_transpose=placement.platform == "cpu",
+    )
+    return step.run().temp_bytes()
+
+
 def _backward(placement: Placement, shapes: list[LayerShape], types: Types) -> Iterator[Collective]:
     num_layers, strategy = len(shapes), placement.strategy
     there = [is_kept(l, num_layers, strategy) for l in range(1, num_layers)]
@@ -85,6 +106,7 @@ def step_types(placement: Placement, dtype: str) -> Types:
     return Types(
         param=jnp.dtype(dtype).itemsize,
         compute=run.compute.itemsize,
+        total=run.total.itemsize,
         reduce=4 if widened else run.reduce.itemsize,
         ring=placement.strategy.overlap != "none",
         splits_data=placement.splits_data,

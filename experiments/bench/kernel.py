@@ -92,4 +92,4 @@ def layouts(widths: tuple[int, ...], sizes: Sizes) -> dict[tuple[str, ...], str]
 
 
 def _strategy(dtype: DType, **fields: Any) -> tpmlp.Strategy:
-    return tpmlp.Strategy(**fields, **({} if dtype == "float32" else {"compute_dtype": dtype}))
+    return tpmlp.Strategy(compute_dtype=None if dtype == "float32" else dtype, **fields)

@@ -91,7 +91,10 @@ def keep(passed: Forward, chain: Chain) -> Kept:
     ]
     if strategy.keep == "offload":
         z = [jax.device_put(z_l, jax.memory.Space.Host) for z_l in z]
-    return Kept(z, passed.h if strategy.keep == "gathered" else [None] * num_layers)
+    # An input that is not gathered is rebuilt from z for nothing.
+    gathers = [chain.placement.sizes[axes["g"]] > 1 for axes in chain.placement.axes]
+    keeps = [strategy.keep == "gathered" and gathers_l for gathers_l in gathers]
+    return Kept(z, [h if kept else None for h, kept in zip(passed.h, keeps, strict=True)])
 
 
 def is_kept(l: int, num_layers: int, strategy: Strategy) -> bool:
@@ -128,16 +131,19 @@ def backward(
         axes = chain.placement.axes[l - 1]
         if l > 1 and z[l - 2] is None:
             z = _recompute(layers, x, z, l, g, run, chain)
+            g = after(g, z[l - 2])  # Not gathered before the layers' large arrays are gone.
         before = x if l == 1 else _fetched(z[l - 2], chain)
         before, (W, b), g, grads = hold((before, layers[l - 1], g, grads))
         g_all = layer.gather_gradient(g.astype(run.compute), run, **axes)
         dh = layer.backward_input(_weight(W, g, run, axes), g_all, run, **axes)
+        db = None if b is None else dense.backward_bias(g, **axes)
         # Nobody may want dh of layer 1, and to wait for it would be to want it.
-        before = after(before, dh if l > 1 else g)
+        before = after(before, dh if l > 1 else g if db is None else db)
         h = kept.h[l - 1]
         if h is None:
             h = layer.gather_input(layer_input(before, l, run, chain), run, **axes)
-        grads.append(_gradients(g, g_all, h, b, layer, run, axes, reduce=reduce))
+        dW = layer.backward_weight(g_all, h, run, **axes)
+        grads.append(_reduced(dW, db, run, axes) if reduce else (dW, db))
         if l > 1:
             g = dh * sigma_prime(before.astype(run.total), l - 1, chain)
             # This layer's gradient first: it frees the two gathered arrays.
@@ -207,22 +213,6 @@ def _recompute(
     again = (*layers[:s], *segment, *layers[l - 1 :])
     passed = _forward(again, after(before, g), s + 1, l - 1, run, chain)
     return [*z[:s], *passed.z, *z[l - 1 :]]
-
-
-def _gradients(
-    g: jax.Array,
-    g_all: Any,
-    h: Any,
-    b: jax.Array | None,
-    layer: Any,
-    run: Execution,
-    axes: dict[str, str],
-    *,
-    reduce: bool,
-) -> tuple[jax.Array, jax.Array | None]:
-    dW = layer.backward_weight(g_all, h, run, **axes)
-    db = None if b is None else dense.backward_bias(g, **axes)
-    return _reduced(dW, db, run, axes) if reduce else (dW, db)
 
 
 def _reduced(

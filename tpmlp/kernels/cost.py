@@ -121,6 +121,7 @@ class Types:
     Attributes:
         param: of parameters, biases and losses.
         compute: of what is gathered.
+        total: of sums.
         reduce: of what is summed over devices.
         ring: whether gathers and scatters of activations are rings of hops.
         splits_data: whether parameters are split over the data axis.
@@ -129,6 +130,7 @@ class Types:
 
     param: int
     compute: int
+    total: int
     reduce: int
     ring: bool
     splits_data: bool
