@@ -63,8 +63,11 @@ def step_collectives(
 
 def step_temp_bytes(
     placement: Placement, *, bias: bool, batch_size: int, dtype: str = "float32"
-) -> int:
+) -> int | None:
     """Return the bytes of temporaries that one training step needs on a device.
+
+    None where it is not predicted: rings, whose blocks the compiler schedules as it likes, and
+    microbatches, whose loop carries copies.
 
     Args:
         placement: the layers on their mesh, with their strategy.
@@ -72,11 +75,15 @@ def step_temp_bytes(
         batch_size: samples of one step.
         dtype: of the parameters.
     """
+    if placement.strategy.overlap != "none" or placement.strategy.microbatches > 1:
+        return None
+    on_cpu, types = placement.platform == "cpu", step_types(placement, dtype)
     step = StepTape(
         shapes=layer_shapes(placement, bias=bias, batch_size=batch_size),
-        types=step_types(placement, dtype),
+        types=types,
         strategy=placement.strategy,
-        writes_transpose=placement.platform == "cpu",
+        writes_transpose=on_cpu,
+        moves_bits=on_cpu and types.compute == 2,
     )
     return step.run().temp_bytes()
 

@@ -10,7 +10,7 @@ from tpmlp.kernels.execution import execution
 from tpmlp.layout import padded, parse_layout
 from tpmlp.losses import Loss
 from tpmlp.placement import Placement
-from tpmlp.predict import step_collectives
+from tpmlp.predict import step_collectives, step_temp_bytes
 from tpmlp.table import format_bytes, text_table
 
 
@@ -46,6 +46,8 @@ class Summary:
         padding: padded width of each logical width that the mesh does not divide.
         parts: of every W_l, b_l, h_l, z_l, g_l, in the order of the layers.
         collectives: of one step, in order.
+        param_bytes: of the parameters, and so of the gradients.
+        temp_bytes: of what lives within a step; None where it is not predicted.
     """
 
     mesh: dict[str, int]
@@ -54,6 +56,8 @@ class Summary:
     padding: dict[int, int]
     parts: tuple[Part, ...]
     collectives: tuple[Collective, ...]
+    param_bytes: int
+    temp_bytes: int | None
 
     @property
     def bytes_moved(self) -> float:
@@ -61,7 +65,8 @@ class Summary:
         return sum(c.bytes for c in self.collectives)
 
     def __str__(self) -> str:
-        return "\n".join([self.arrays_table(), self.notes(), "", self.collectives_table()])
+        tables = self.arrays_table(), self.notes(), "", self.collectives_table(), "", self.memory()
+        return "\n".join(tables)
 
     __repr__ = __str__
 
@@ -83,6 +88,12 @@ class Summary:
             padded_widths = ", ".join(f"{d} to {whole}" for d, whole in self.padding.items())
             lines.append(f"widths padded with zeros to what the mesh divides: {padded_widths}")
         return "\n".join(lines)
+
+    def memory(self) -> str:
+        """Return what a device holds at the height of a step, optimiser not counted."""
+        within = "not predicted" if self.temp_bytes is None else format_bytes(self.temp_bytes)
+        held = format_bytes(self.param_bytes)
+        return f"on one device: parameters {held}, gradients {held}, within the step {within}"
 
     def collectives_table(self) -> str:
         """Return the table of the collectives of one step, in order."""
@@ -127,6 +138,7 @@ def summarize(
     moved = step_collectives(
         placement, bias=bias, batch_size=batch_size, dtype=dtype, loss=loss, penalty=penalty
     )
+    parts = _parts(placement, bias, batch_size, dtype)
     return Summary(
         mesh=placement.sizes,
         roles=placement.words,
@@ -136,8 +148,10 @@ def summarize(
             for width, whole in zip(placement.widths, placement.padded_widths, strict=True)
             if width != whole
         },
-        parts=tuple(_parts(placement, bias, batch_size, dtype)),
+        parts=tuple(parts),
         collectives=tuple(moved),
+        param_bytes=sum(part.bytes for part in parts if part.tensor[0] in "Wb"),
+        temp_bytes=step_temp_bytes(placement, bias=bias, batch_size=batch_size, dtype=dtype),
     )
 
 

@@ -63,7 +63,15 @@ def kernel(problem: Problem, sizes: Sizes, dtype: DType, variant: str, **fields:
     step = tpmlp.value_and_grad(model, loss="mse", mesh=mesh, strategy=strategy)
     shape = f"{x}x{y}" if data == 1 else f"{data}x{x}x{y}"
     label = Label(group="kernel", variant=variant, mesh=shape, devices=mesh.size, dtype=dtype)
-    return make_program(label, step, params, *batch)
+    summary = model.summary(mesh, batch_size=problem.size.batch, strategy=strategy, loss="mse")
+    return make_program(
+        label,
+        step,
+        params,
+        *batch,
+        predicted_temp_bytes=summary.temp_bytes,
+        predicted_received_bytes=summary.bytes_moved,
+    )
 
 
 def by_default(problem: Problem, num_devices: int, dtype: DType) -> Program:

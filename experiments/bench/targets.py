@@ -5,6 +5,7 @@ Means over the sizes are geometric. Targets of time and memory hold for each dty
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from experiments.bench.summary import Comparison, Ratio
 
@@ -14,6 +15,7 @@ TEMPORARIES_TO_AUTOMATIC = {4: 0.30, 8: 0.20}
 TIME_TO_UNSHARDED = {8: 1.25}
 BFLOAT16_TO_FLOAT32 = 0.33
 COMPILE_S = 1.0
+TEMPORARIES_TO_PREDICTED = (1.0, 1.15)
 # bfloat16 pays where the products are large enough to be what takes the time.
 LARGE = {"d": 1024, "batch": 1024, "devices": 8}
 
@@ -67,6 +69,7 @@ def verdicts(
     found: list[Verdict] = []
     for dtype in dict.fromkeys(c.dtype for c in comparisons):
         found += _of_dtype([c for c in comparisons if c.dtype == dtype], dtype)
+        found += _predicted([c.kernel for c in comparisons if c.dtype == dtype], dtype)
     found += _bfloat16(comparisons, matrix_units)
     if compile_s is not None:
         found.append(
@@ -103,6 +106,30 @@ def _of_dtype(comparisons: Sequence[Comparison], dtype: str) -> Iterator[Verdict
             [c.to_unsharded for c in on(devices)],
             bound,
         )
+
+
+def _predicted(rows: Sequence[dict[str, Any]], dtype: str) -> Iterator[Verdict]:
+    """Compare what was compiled with what was predicted, in the worst cells."""
+    rows = [row for row in rows if row.get("predicted_temp_bytes")]
+    if not rows:
+        return
+    low, high = TEMPORARIES_TO_PREDICTED
+    ratios = [row["temp_bytes"] / row["predicted_temp_bytes"] for row in rows]
+    exact = [row["received_bytes"] == row["predicted_received_bytes"] for row in rows]
+    within = sum(low <= ratio <= high for ratio in ratios)
+    yield Verdict(
+        what=f"temporaries / predicted, worst cell, {dtype}",
+        value=max(ratios),
+        spread=f"least {min(ratios):.2f}; {within} of {len(ratios)} in {low:.2f} to {high:.2f}",
+        bound=high,
+        cells=len(rows),
+    )
+    yield Verdict(
+        what=f"cells whose collective bytes are not as predicted, {dtype}",
+        value=exact.count(False),
+        bound=0,
+        cells=len(rows),
+    )
 
 
 def _mean(what: str, ratios: Sequence[Ratio], bound: float) -> Iterator[Verdict]:

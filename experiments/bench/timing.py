@@ -8,7 +8,7 @@ round (experiments.bench.summary), where drift falls out of them.
 import gc
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import jax
@@ -56,6 +56,8 @@ class Measurement:
         peak_bytes: most memory in use at once, on one device.
         received_bytes: by collectives, on one device.
         product_flops: of matrix products, on one device.
+        predicted_temp_bytes: temporaries as tpmlp predicts them; None where it does not.
+        predicted_received_bytes: likewise.
         screen_s: seconds of each screening run.
         seconds: of each round; empty if the program was screened out.
     """
@@ -66,6 +68,8 @@ class Measurement:
     peak_bytes: int
     received_bytes: float
     product_flops: int
+    predicted_temp_bytes: int | None = None
+    predicted_received_bytes: float | None = None
     screen_s: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
@@ -93,11 +97,12 @@ class Program:
         return min(self.measurement.screen_s)
 
 
-def make_program(label: Label, function: Any, *args: Any) -> Program:
-    """Compile a jitted function, or a tpmlp step, for its arguments."""
+def make_program(label: Label, function: Any, *args: Any, **predicted: Any) -> Program:
+    """Compile a jitted function, or a tpmlp step, for its arguments; add what was predicted."""
     # The function itself is called, not what is compiled here: it finds the same executable, and
     # jit's own way of calling it is the quick one.
-    return Program(run=lambda: function(*args), measurement=measurement_of(label, function, *args))
+    measurement = replace(measurement_of(label, function, *args), **predicted)
+    return Program(run=lambda: function(*args), measurement=measurement)
 
 
 def measurement_of(label: Label, function: Any, *args: Any) -> Measurement:

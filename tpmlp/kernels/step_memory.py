@@ -22,6 +22,7 @@ class StepTape:
         types: bytes of an element.
         strategy: what is kept.
         writes_transpose: whether W^T is written out before it is multiplied.
+        moves_bits: whether what is gathered moves as integers.
         tape: the operations so far.
     """
 
@@ -29,6 +30,7 @@ class StepTape:
     types: Types
     strategy: Strategy
     writes_transpose: bool
+    moves_bits: bool
     tape: Tape = field(default_factory=Tape)
 
     def run(self) -> Tape:
@@ -48,8 +50,8 @@ class StepTape:
         """Tell layer l; return z_l and the gathered input."""
         shape, make, types = self.shapes[l - 1], self.tape.make, self.types
         h = make(f"h_{l}", shape.input * types.compute, before)
-        h_all = self.gathered(f"h_{l} whole", h, shape.h, shape.size("g"))
-        W = self.weight(shape, h)
+        h_all = self.gathered(f"h_{l} whole", l, h, shape.h, shape.size("g"))
+        W = self.weight(shape, h_all)
         z = self.product(f"z_{l}", shape.z, shape.output, shape.size("s"), h_all, W)
         kept_bytes = types.compute if l < len(self.shapes) else types.param
         if kept_bytes != (types.reduce if shape.size("s") > 1 else types.total):
@@ -70,16 +72,18 @@ class StepTape:
             if l > 1 and z[l - 2] is None:
                 self.recompute(z, l, sources)
             g = self.tape.make(f"g_{l}", shape.output * types.total, *sources)
-            g_all = self.gathered(f"g_{l} whole", self.cast(g), shape.z, shape.size("s"))
+            g_all = self.gathered(f"g_{l} whole", l, self.cast(l, g), shape.z, shape.size("s"))
             db = self.tape.make(f"db_{l}", 0, g)
             before = z[l - 2] if l > 1 else None
             kept = self.strategy.keep == "gathered" and shape.size("g") > 1
-            dW = self.dW(shape, g_all, gathered[l - 1]) if kept else None
-            dh = self.dh(shape, g, g_all) if l > 1 else None
+            part = self.dW_part(shape, g_all, gathered[l - 1]) if kept else None
+            W = self.transposed(shape, g, g_all) if l > 1 else None
+            dW = self.dW(shape, part) if part else None
+            dh = self.dh(shape, W, g_all) if l > 1 else None
             if dW is None:
                 h = self.tape.make(f"h_{l}", shape.input * types.compute, before, dh or db)
-                h_all = self.gathered(f"h_{l} whole", h, shape.h, shape.size("g"))
-                dW = self.dW(shape, g_all, h_all)
+                h_all = self.gathered(f"h_{l} whole", l, h, shape.h, shape.size("g"))
+                dW = self.dW(shape, self.dW_part(shape, g_all, h_all))
             sources = tuple(buffer for buffer in (dh, before, dW) if buffer is not None)
 
     def recompute(self, z: list[Buffer | None], l: int, sources: tuple[Buffer, ...]) -> None:
@@ -92,22 +96,31 @@ class StepTape:
             before, _ = self.forward(k, before)
             z[k - 1] = before
 
-    def dh(self, shape: LayerShape, g: Buffer, g_all: Buffer) -> Buffer:
-        """Tell dh = W^T g."""
+    def transposed(self, shape: LayerShape, g: Buffer, g_all: Buffer) -> Buffer | None:
+        """Tell what W is copied to before it is multiplied with g."""
         W = self.weight(shape, g, converts=not self.writes_transpose)
-        if self.writes_transpose:
-            W = self.tape.make("W transposed", shape.W * self.types.compute, g_all, W)
+        if not self.writes_transpose:
+            return W
+        return self.tape.make("W transposed", shape.W * self.types.compute, g_all, W)
+
+    def dh(self, shape: LayerShape, W: Buffer | None, g_all: Buffer) -> Buffer:
+        """Tell dh = W^T g."""
         return self.product("dh", shape.h, shape.input, shape.size("g"), W, g_all)
 
-    def dW(self, shape: LayerShape, g_all: Buffer, h_all: Buffer) -> Buffer:
-        """Tell dW = g h^T, which is a result once it is summed over data."""
-        types, data = self.types, shape.size("d")
-        dW = f"dW_{shape.layer}"
+    def dW_part(self, shape: LayerShape, g_all: Buffer, h_all: Buffer) -> Buffer:
+        """Tell dW = g h^T, a result where no sum over data follows."""
+        alone = shape.size("d") == 1
+        item_bytes = self.types.param if alone else self.types.total
+        return self.tape.make("dW", shape.W * item_bytes, g_all, h_all, result=alone)
+
+    def dW(self, shape: LayerShape, part: Buffer) -> Buffer:
+        """Tell the sum of dW over data."""
+        data = shape.size("d")
         if data == 1:
-            return self.tape.make(dW, shape.W * types.param, g_all, h_all, result=True)
-        part = self.tape.make(f"{dW} part", shape.W * types.total, g_all, h_all)
-        share = data if types.splits_data else 1
-        return self.tape.make(dW, shape.W * types.param // share, part, result=True)
+            return part
+        share = data if self.types.splits_data else 1
+        num_bytes = shape.W * self.types.param // share
+        return self.tape.make("dW summed", num_bytes, part, result=True)
 
     def product(
         self, name: str, whole: int, share: int, devices: int, *operands: Buffer | None
@@ -119,9 +132,19 @@ class StepTape:
         part = self.tape.make(f"{name} part", whole * types.reduce, *operands)
         return self.tape.make(name, share * types.reduce, part)
 
-    def gathered(self, name: str, part: Buffer, whole: int, devices: int) -> Buffer:
-        """Tell a gather over devices."""
-        return self.tape.make(name, whole * self.types.compute, part) if devices > 1 else part
+    def gathered(self, name: str, l: int, part: Buffer, whole: int, devices: int) -> Buffer:
+        """Tell a gather over devices.
+
+        Where bfloat16 moves as bits, the numbers are a copy of the bits; in layer 1, whose input
+        was float32, the compiler multiplies in float32.
+        """
+        if devices == 1:
+            return part
+        compute = self.types.compute
+        gathered = self.tape.make(name, whole * compute, part)
+        if not self.moves_bits:
+            return gathered
+        return self.tape.make(f"{name} numbers", whole * (compute if l > 1 else 4), gathered)
 
     def weight(self, shape: LayerShape, ready: Buffer, *, converts: bool = True) -> Buffer | None:
         """Tell what W is copied to when a layer begins; None where it is multiplied as it is."""
@@ -130,12 +153,15 @@ class StepTape:
             part = make("W part", shape.W // shape.size("d") * types.compute, ready)
             return make("W whole", shape.W * types.compute, part)
         if converts and types.compute != types.param:
-            return make("W converted", shape.W * types.compute, ready)
+            wide = self.moves_bits and shape.layer == 1
+            return make("W converted", shape.W * (4 if wide else types.compute), ready)
         return None
 
-    def cast(self, g: Buffer) -> Buffer:
-        """Tell the conversion of g to the type of products."""
-        if self.types.compute == self.types.total:
+    def cast(self, l: int, g: Buffer) -> Buffer:
+        """Tell the conversion of g to the type of products; rounded only, where they are wide."""
+        types = self.types
+        if types.compute == types.total:
             return g
-        size = g.bytes // self.types.total * self.types.compute
-        return self.tape.make("g converted", size, g)
+        shape = self.shapes[l - 1]
+        wide = self.moves_bits and l == 1 and shape.size("s") == 1
+        return self.tape.make("g converted", shape.output * (4 if wide else types.compute), g)
