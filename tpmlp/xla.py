@@ -20,12 +20,30 @@ def on_cpu() -> bool:
 
 
 def hold(arrays: Any) -> Any:
-    """Return arrays, none of which is there before all of them are; on CPU, just as they are.
+    """Return arrays, none of which is there before the others are; on CPU, just as they are.
 
     What passes through is a new value to the compiler, so nothing computed from it is merged with
     what was computed before. The CPU compiler drops the barrier before it merges: `after` there.
+
+    An array that is equal on all devices of an axis must not wait for one that differs there, or it
+    would count as one that may differ: each waits for those that differ over no more axes.
     """
-    return arrays if on_cpu() else lax.optimization_barrier(arrays)
+    if on_cpu():
+        return arrays
+    leaves, structure = jax.tree.flatten(arrays)
+    axes = [_differs_over(leaf) for leaf in leaves]
+    held = list(leaves)
+    for mine in set(axes):
+        waited_for = [i for i, others in enumerate(axes) if others <= mine]
+        values = lax.optimization_barrier([leaves[i] for i in waited_for])
+        for i, value in zip(waited_for, values, strict=True):
+            held[i] = value if axes[i] == mine else held[i]
+    return jax.tree.unflatten(structure, held)
+
+
+def _differs_over(array: jax.Array) -> frozenset[str]:
+    varying = jax.typeof(array).manual_axis_type.varying
+    return frozenset(axis for axis in varying if lax.axis_size(axis) > 1)
 
 
 def after(array: jax.Array, other: jax.Array) -> jax.Array:

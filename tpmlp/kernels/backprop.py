@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from tpmlp.activations import Activation
 from tpmlp.collectives import block_index, transpose
@@ -114,7 +115,9 @@ def backward(
     """Run the recursion from g_{L+1} down to g_1: `forward`, transposed, last layer first.
 
     Each layer first passes g on, then makes its own gradient, and frees both gathered arrays: on
-    CPU nothing overlaps, and only one of the large arrays need be there at a time.
+    CPU nothing overlaps, and only one of the large arrays need be there at a time. Elsewhere the
+    next layer waits for this gradient, or all of them would be put off, each with its gathered
+    arrays; for its sum over the data axis waits the one after that, so that it can overlap.
 
     Args:
         layers: local blocks of ((W_1, b_1), ...).
@@ -126,14 +129,13 @@ def backward(
     """
     run, layer = execution(chain.placement, layers[0][0].dtype), _layer(chain)
     g = g.astype(run.total)
-    z, grads, all_g, dh = list(kept.z), [], [g], None
+    z, grads, all_g, dh, done = list(kept.z), [], [g], None, ()
     for l in range(len(layers), 0, -1):
         axes = chain.placement.axes[l - 1]
         if l > 1 and z[l - 2] is None:
-            z = _recompute(layers, x, z, l, g, run, chain)
-            g = after(g, z[l - 2])  # Not gathered before the layers' large arrays are gone.
+            z, g = _recompute(layers, x, z, l, g, run, chain)
         before = x if l == 1 else _fetched(z[l - 2], chain)
-        before, (W, b), g, grads = hold((before, layers[l - 1], g, grads))
+        before, (W, b), g, _ = hold((before, layers[l - 1], g, done))
         g_all = layer.gather_gradient(g.astype(run.compute), run, **axes)
         dh = layer.backward_input(_weight(W, g, run, axes), g_all, run, **axes)
         db = None if b is None else dense.backward_bias(g, **axes)
@@ -143,6 +145,8 @@ def backward(
         if h is None:
             h = layer.gather_input(layer_input(before, l, run, chain), run, **axes)
         dW = layer.backward_weight(g_all, h, run, **axes)
+        dW = _in_turn(dW, grads, axes) if reduce else dW
+        done = (dW, db)
         grads.append(_reduced(dW, db, run, axes) if reduce else (dW, db))
         if l > 1:
             g = dh * sigma_prime(before.astype(run.total), l - 1, chain)
@@ -205,14 +209,20 @@ def _recompute(
     g: jax.Array,
     run: Execution,
     chain: Chain,
-) -> list[jax.Array | None]:
-    """Return z with z_s+1 .. z_{l-1} computed again from z_s, the last that was kept (x is z_0)."""
+) -> tuple[list[jax.Array | None], jax.Array]:
+    """Return z with z_s+1 .. z_{l-1} computed again from z_s, the last kept (x is z_0), and g."""
     s = max((i for i in range(1, l - 1) if z[i - 1] is not None), default=0)
     before, segment = (x if s == 0 else z[s - 1]), layers[s : l - 1]
     before, segment, _ = hold((before, segment, g))
     again = (*layers[:s], *segment, *layers[l - 1 :])
     passed = _forward(again, after(before, g), s + 1, l - 1, run, chain)
-    return [*z[:s], *passed.z, *z[l - 1 :]]
+    # g is not gathered before the large arrays of these layers are gone.
+    return [*z[:s], *passed.z, *z[l - 1 :]], after(g, passed.z[-1])
+
+
+def _in_turn(dW: jax.Array, grads: list[Any], axes: dict[str, str]) -> jax.Array:
+    """Return dW, whose sum over the data axis then waits for the one before; XLA joins two else."""
+    return dW if lax.axis_size(axes["d"]) == 1 else hold((dW, grads[-1:]))[0]
 
 
 def _reduced(
