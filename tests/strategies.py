@@ -30,8 +30,8 @@ WIDTHS = (17, 12, 20, 10)
 NUM_LAYERS = len(WIDTHS) - 1
 TENSORS = ("loss", *(f"{kind}_{l}" for kind in ("dW", "db") for l in range(1, NUM_LAYERS + 1)))
 
-# LLVM's optimisations are half of the time that it takes to compile, and change no collective.
-QUICKLY = {"xla_backend_optimization_level": "0"}
+# LLVM's optimisations are half of the time that compiling takes, and change no collective.
+QUICKLY: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 
 # Names of keep and keep_every together.
 KEEPS: dict[str, dict[str, Any]] = {
@@ -293,7 +293,7 @@ FEW_ROWS = covering_values(ROWS)
 def outcome(row: Row) -> Outcome:
     """Compile a row's step once; run and audit it."""
     task, step, params, batch = made(row)
-    # A row of FEW_ROWS is compiled as users compile it, since they call its step again.
+    # Of a row in FEW_ROWS the step is called again, which does not compile quickly.
     compiled = step.lower(params, **batch).compile(None if row in FEW_ROWS else QUICKLY)
     loss, grads = compiled(params, Batch(*batch.values()))
     return Outcome(
@@ -350,3 +350,18 @@ def volumes_of(audit: tpmlp.Audit) -> Volumes:
         key = row.kind, frozenset(row.axes)
         total[key] = total.get(key, Fraction()) + row.exact_bytes * row.count
     return total
+
+
+def program(
+    widths: tuple[int, ...], sizes: Sizes, batch_size: int, loss: Any = "mse", **fields: Any
+) -> jax.stages.Compiled:
+    """Compile a step of zeros in float32, for what its program is."""
+    model, mesh, strategy = tpmlp.MLP(widths), mesh_of(sizes), tpmlp.Strategy(**fields)
+    zeros = [
+        (np.zeros(shape, np.float32), np.zeros(shape[0], np.float32))
+        for shape in model.layer_shapes
+    ]
+    params = tpmlp.from_numpy(model, zeros, mesh, strategy=strategy)
+    step = tpmlp.value_and_grad(model, loss=loss, mesh=mesh, strategy=strategy)
+    x, y = (np.zeros((batch_size, width), np.float32) for width in (widths[0], widths[-1]))
+    return step.lower(params, x, y).compile(QUICKLY)
