@@ -44,7 +44,7 @@ KEEPS: dict[str, dict[str, Any]] = {
 }
 # sizes are (data, x, y): 3 and 6 devices, rings of 2, 3 and 4, one and two tensor axes, and none.
 FIELDS: dict[str, tuple[Any, ...]] = {
-    "sizes": ((1, 3, 1), (2, 2, 2), (2, 1, 4), (8, 1, 1), (3, 2, 1), (1, 2, 3)),
+    "sizes": ((1, 3, 1), (2, 2, 2), (2, 1, 4), (8, 1, 1), (3, 2, 1)),
     "layout": tuple(LAYOUTS),
     # Of three layers every second one is kept by default: recompute2 is the same program.
     "keep": tuple(keep for keep in KEEPS if keep != "recompute2"),

@@ -84,6 +84,26 @@ def test_every_kth_layer_of_five_is_kept(keep_every, kept):
     assert {l for l in range(1, 6) if is_kept(l, 5, strategy)} == kept
 
 
+# Square layers, so that those of a wrong layer would fit: z_1 from x, z_3 and z_4 from z_2, ...
+SQUARE = tpmlp.MLP((6,) * 7, activation="sigmoid")
+
+
+@pytest.mark.parametrize(("keep_every", "overlap"), [(2, "none"), (3, "ring")])
+def test_layers_computed_again_start_from_the_last_that_was_kept(keep_every, overlap):
+    rng = np.random.default_rng(8)
+    arrays = [(rng.normal(size=shape), rng.normal(size=shape[0])) for shape in SQUARE.layer_shapes]
+    x, y = rng.normal(size=(5, 6)), rng.normal(size=(5, 6))
+    strategy = tpmlp.Strategy(keep="recompute", keep_every=keep_every, overlap=overlap)
+    where = {"mesh": mesh_of((1, 2, 1)), "strategy": strategy}
+    params = tpmlp.from_numpy(SQUARE, arrays, **where)
+    _, grads = tpmlp.value_and_grad(SQUARE, loss="mse", **where)(params, x, y)
+    _, wanted = reference.value_and_grad(arrays, x, y, activation="sigmoid", loss="mse")
+    for got, want in zip(
+        jax.tree.leaves(tpmlp.to_numpy(SQUARE, grads)), jax.tree.leaves(wanted), strict=True
+    ):
+        assert relative_error(got, want) <= FLOAT64
+
+
 # compute_dtype, reduce_dtype
 
 NARROW = (24, 16, 32, 16)
