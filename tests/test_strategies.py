@@ -109,7 +109,7 @@ def test_a_strategy_is_the_reference_and_moves_what_is_predicted(row, claim):
 
 def test_the_rows_have_every_compatible_pair_of_values():
     covered = set().union(*(pairs_of({f: getattr(row, f) for f in FIELDS}) for row in ROWS))
-    assert covered == pairs(FIELDS, compatible)
+    assert covered >= pairs(FIELDS, compatible)
 
 
 def test_a_covering_has_every_pair_and_only_compatible_rows():
