@@ -336,6 +336,84 @@ PARAMETERS: dict[str, Case] = {
         ("regularizer", "0.1", "l2"),
     ),
 }
+STRATEGIES: dict[str, Case] = {
+    "keep": (lambda: api.Strategy(keep="all"), ("keep", "'all'", "gathered", "keep='shard'")),
+    "keep of another type": (lambda: api.Strategy(keep=["shard"]), ("keep", "['shard']")),
+    "keep_every alone": (
+        lambda: api.Strategy(keep_every=2),
+        ("keep_every", "keep='shard'", "keep_every=2", "keep='recompute'"),
+    ),
+    "keep_every of nothing": (
+        lambda: api.Strategy(keep="recompute", keep_every=0),
+        ("keep_every", "keep_every=0", "positive integer"),
+    ),
+    "keep_every of a float": (
+        lambda: api.Strategy(keep="recompute", keep_every=2.0),
+        ("keep_every", "keep_every=2.0", "positive integer"),
+    ),
+    "keep_every of True": (
+        lambda: api.Strategy(keep="recompute", keep_every=True),
+        ("keep_every", "keep_every=True", "positive integer"),
+    ),
+    "overlap": (
+        lambda: api.Strategy(overlap="async"),
+        ("overlap", "'async'", "bidirectional_ring", "overlap='none'"),
+    ),
+    "overlap of True": (lambda: api.Strategy(overlap=True), ("overlap", "True")),
+    "compute_dtype": (
+        lambda: api.Strategy(compute_dtype="float16"),
+        ("compute_dtype", "'float16'", "bfloat16"),
+    ),
+    "compute_dtype of integers": (
+        lambda: api.Strategy(compute_dtype=np.int32),
+        ("compute_dtype", "int32", "float32"),
+    ),
+    "reduce_dtype": (
+        lambda: api.Strategy(reduce_dtype="half a float"),
+        ("reduce_dtype", "'half a float'", "bfloat16"),
+    ),
+    "shard_weights": (
+        lambda: api.Strategy(shard_weights="data"),
+        ("shard_weights", "'data'", "True or False"),
+    ),
+    "microbatches": (
+        lambda: api.Strategy(microbatches=0),
+        ("microbatches", "microbatches=0", "positive integer"),
+    ),
+    "microbatches of a float": (
+        lambda: api.Strategy(microbatches=1.5),
+        ("microbatches", "microbatches=1.5", "positive integer"),
+    ),
+    **{
+        f"offload in {name}": (call, ("keep='offload'", "cpu", "host's", "keep='recompute'"))
+        for name, call in {
+            "a step": lambda: api.value_and_grad(MODEL, loss="mse", mesh=MESH, strategy=_offload()),
+            "init": lambda: MODEL.init(KEY, MESH, strategy=_offload()),
+            "apply": lambda: api.apply(MODEL, PARAMS, X, mesh=MESH, strategy=_offload()),
+            "shard_batch": lambda: api.shard_batch(
+                MODEL, X, LABELS, mesh=MESH, strategy=_offload()
+            ),
+        }.items()
+    },
+    "compute_dtype in verify": (
+        lambda: api.verify(MODEL, MESH, strategy=api.Strategy(compute_dtype="bfloat16")),
+        ("compute_dtype='bfloat16'", "reduce_dtype=None", "Leave both out"),
+    ),
+    "reduce_dtype in verify": (
+        lambda: api.verify(MODEL, MESH, strategy=api.Strategy(reduce_dtype="bfloat16")),
+        ("reduce_dtype='bfloat16'", "Leave both out"),
+    ),
+    "whole parameters where they are split": (
+        lambda: api.value_and_grad(
+            MODEL, loss="mse", mesh=MESH, strategy=api.Strategy(shard_weights=True)
+        )(PARAMS, X, VALUES),
+        ("W_1", "reshard"),
+    ),
+}
+
+
+def _offload() -> Any:
+    return api.Strategy(keep="offload")
 
 
 def _other_layout() -> tuple[str, ...]:
@@ -353,6 +431,7 @@ CASES = {
         "y:": TARGETS,
         "weight:": WEIGHTS,
         "params:": PARAMETERS,
+        "strategy:": STRATEGIES,
     }.items()
     for name, case in cases.items()
 }
@@ -391,3 +470,11 @@ def test_traced_samples_of_wrong_shape_are_refused_too(x):
     train = api.value_and_grad(MODEL, loss="output", mesh=MESH)
     with pytest.raises(ValueError, match="x must have shape"):
         jax.eval_shape(lambda x: train(PARAMS, x), x)
+
+
+@pytest.mark.parametrize("name", ["compute_dtype", "reduce_dtype"])
+def test_float64_without_64_bit_types_is_refused(name):
+    with jax.enable_x64(False), pytest.raises(ValueError, match=name) as refusal:
+        api.Strategy(**{name: "float64"})
+    for part in ("'float64'", "jax_enable_x64=False", "jax.config.update", "'float32'"):
+        assert part in str(refusal.value)

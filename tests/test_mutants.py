@@ -36,6 +36,13 @@ class Mutant:
 BACKPROP = "tests/kernels/test_backprop.py"
 RECURSION = f"{BACKPROP}::test_float64_tensor_equals_the_reference_and_is_zero_where_padded"
 INTEGERS = f"{BACKPROP}::test_integer_tensor_equals_the_reference_bit_for_bit"
+STRATEGIES = (
+    "tests/test_strategies.py::test_a_strategy_is_the_reference_and_moves_what_is_predicted"
+)
+FIELDS = "tests/test_strategy_fields.py"
+RING = "tests/kernels/test_dense.py::test_float64_tensor_equals_numpy[ring-1x3x1"
+# The rows of tests.strategies.FLOAT64_ROWS that the mutants name.
+SPLIT = "8x1x1-column-gathered-none-split-3-float64-None-None"
 VOLUMES = "tests/kernels/test_cost.py::test_a_step_moves_what_the_docstrings_say"
 
 MUTANTS = {
@@ -140,6 +147,63 @@ MUTANTS = {
         "return jnp.where(never, jnp.zeros((), array.dtype), array)",
         "return array",
         f"{VOLUMES}[1x8x1-column]",
+    ),
+    "a ring that skips its last hop": Mutant(
+        "kernels/ring.py",
+        "for k in range(hops, 0, -1):",
+        "for k in range(hops - 1, 0, -1):",
+        f"{RING}-gather-y-z]",
+    ),
+    "a ring the wrong way round": Mutant(
+        "collectives.py",
+        "pairs = [((i + by) % size, i) for i in range(size)]",
+        "pairs = [((i - by) % size, i) for i in range(size)]",
+        f"{RING}-gather-x-dW]",
+    ),
+    "hops in twice the bytes": Mutant(
+        "collectives.py",
+        "lax.ppermute(_moved(x), axes[role], pairs)",
+        "lax.ppermute(x, axes[role], pairs)",
+        f"{FIELDS}::test_sums_of_bfloat16_are_hops_of_bfloat16",
+    ),
+    "split weights gathered once and kept": Mutant(
+        "kernels/backprop.py",
+        "dense.gather_weights(after(W, ready) if run.splits_data else W, run, **axes)",
+        "dense.gather_weights(W, run, **axes)",
+        f"{STRATEGIES}[{SPLIT}-counts]",
+    ),
+    "split gradients that are not summed": Mutant(
+        "kernels/dense.py",
+        'return reduce_scatter("O/g I/s +d -> O/g/d I/s", dW, **axes).astype(run.total)',
+        'rows = dW.shape[0] // jax.lax.axis_size(axes["d"])\n'
+        '        first = jax.lax.axis_index(axes["d"]) * rows\n'
+        "        return jax.lax.dynamic_slice_in_dim(dW, first, rows).astype(run.total)",
+        f"{STRATEGIES}[{SPLIT}-dW_2]",
+    ),
+    "only the last microbatch": Mutant(
+        "kernels/objective.py",
+        "return jax.tree.map(jnp.add, carry, (sums, grads)), None",
+        "return (sums, grads), None",
+        f"{STRATEGIES}[{SPLIT}-dW_1]",
+    ),
+    "each microbatch divided by its own weight": Mutant(
+        "kernels/objective.py",
+        "layers, x, y, weight, total, chain=chain, loss=loss, reduce=splits",
+        "layers, x, y, weight, _total_weight(weight, chain), chain=chain, loss=loss, reduce=splits",
+        f"{STRATEGIES}[{SPLIT}-dW_3]",
+    ),
+    "layers computed again by those before them": Mutant(
+        "kernels/backprop.py",
+        "_forward(again, after(before, g), s + 1, l - 1, run, chain)",
+        "_forward(again, after(before, g), max(s, 1), l - 1 - (s > 0), run, chain)",
+        f"{FIELDS}::test_layers_computed_again_start_from_the_last_that_was_kept[2-none]",
+    ),
+    "products before a start counted as meanwhile": Mutant(
+        "inspection/hlo/collectives.py",
+        "in itertools.dropwhile(lambda line: line is not start.instruction, lines):",
+        "in lines:",
+        "tests/inspection/hlo/test_programs.py::"
+        "test_each_collective_is_found_once_with_what_runs_meanwhile[tpu_ring]",
     ),
     "blocks gathered from the wrong axis": Mutant(
         "placement.py",

@@ -129,6 +129,35 @@ def test_a_lowered_step_is_the_program_of_a_call():
     assert float(compiled(params, batch)[0]) == float(step(params, x, y)[0])
 
 
+class OutOfMemory:
+    """Stands for the jitted step of a compiler that fails with a message."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+    def lower(self, *_: Any) -> Any:
+        raise jax.errors.JaxRuntimeError(self.message)
+
+
+def test_a_program_that_does_not_fit_is_an_error_with_the_predicted_table(monkeypatch):
+    _, step, where = placed(((2, 2, 2), "row-column"))
+    message = "RESOURCE_EXHAUSTED: Used 93.2G of 16.0G hbm"
+    monkeypatch.setattr(step, "_jitted", OutOfMemory(message))
+    with pytest.raises(MemoryError) as refusal:
+        step.compile(4096)
+    summary = MODEL.summary(**where, batch_size=4096, loss="cross_entropy")
+    for part in ("batch_size=4096", "'data': 2", "microbatches", str(summary)):
+        assert part in str(refusal.value)
+    assert message in str(refusal.value.__cause__)
+
+
+def test_another_error_of_the_compiler_is_left_alone(monkeypatch):
+    _, step, _ = placed(((2, 2, 2), "row-column"))
+    monkeypatch.setattr(step, "_jitted", OutOfMemory("INTERNAL: out of ideas"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="out of ideas"):
+        step.compile(4096)
+
+
 V = np.random.default_rng(4).normal(size=(30, 10))
 
 

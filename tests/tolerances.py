@@ -14,3 +14,11 @@ ELEMENTWISE = 1e-14
 # subtracts equal numbers (1 - s(z) and the like), so the error is absolute: 30 ulp of arguments
 # up to 30.
 AUTODIFF = 30 * 30 * 2.3e-16
+
+# Rounding to bfloat16, which keeps 8 bits, errs by at most 2^-8 of the number. Two roundings of
+# factors err by 2^-16 more than their sum, which 1 % of one covers.
+BFLOAT16_ROUNDOFF = 1.01 * 2**-8
+
+# A sum in float32 of 30 products, relative to the sum of their magnitudes: 30 * 2^-24. sigma and
+# the like add a formula's ten ulp of 2^-23, to numbers that are not larger.
+FLOAT32_SUM = 30 * 2**-24 + 10 * 2**-23

@@ -63,11 +63,8 @@ def all_gather(signature: str, x: jax.Array, **axes: str) -> jax.Array:
         return x
     # "invarying" makes the result provably equal on all devices of the axis, which later
     # signatures rely on; the plain all_gather leaves the value marked as device-dependent.
-    # XLA's CPU collectives would widen bfloat16 to float32: there its bits are moved.
-    as_bits = x.dtype == jnp.bfloat16 and xla.on_cpu()
-    bits = lax.bitcast_convert_type(x, jnp.uint16) if as_bits else x
-    whole = lax.all_gather(bits, names, axis=dim, tiled=True, to="invarying")
-    return lax.bitcast_convert_type(whole, x.dtype) if as_bits else whole
+    whole = lax.all_gather(_moved(x), names, axis=dim, tiled=True, to="invarying")
+    return lax.bitcast_convert_type(whole, x.dtype)
 
 
 def reduce_scatter(signature: str, x: jax.Array, **axes: str) -> jax.Array:
@@ -137,7 +134,8 @@ def shift(layout: str, x: jax.Array, role: str, by: int, **axes: str) -> jax.Arr
     """
     _check_operand(parse_signature(f"{layout} -> {layout}"), parse_layout(layout), x, axes)
     size = lax.axis_size(axes[role])
-    return lax.ppermute(x, axes[role], [((i + by) % size, i) for i in range(size)])
+    pairs = [((i + by) % size, i) for i in range(size)]
+    return lax.bitcast_convert_type(lax.ppermute(_moved(x), axes[role], pairs), x.dtype)
 
 
 def einsum(signature: str, *operands: jax.Array, dtype: Any = None, **axes: str) -> jax.Array:
@@ -203,6 +201,12 @@ def block_index(dim: str, **axes: str) -> jax.Array | int:
     for name in _live(parsed.axes, axes):
         index = index * lax.axis_size(name) + lax.axis_index(name)
     return index
+
+
+def _moved(x: jax.Array) -> jax.Array:
+    """Return what to move: bits, where XLA's CPU collectives would widen bfloat16 to float32."""
+    as_bits = x.dtype == jnp.bfloat16 and xla.on_cpu()
+    return lax.bitcast_convert_type(x, jnp.uint16) if as_bits else x
 
 
 def _reduced_axes(signature: str, x: jax.Array, axes: dict[str, str]) -> tuple[str, ...]:

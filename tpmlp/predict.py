@@ -108,13 +108,14 @@ def _backward(placement: Placement, shapes: list[LayerShape], types: Types) -> I
 def step_types(placement: Placement, dtype: str) -> Types:
     """Return the bytes of elements that a strategy means for parameters of a dtype."""
     run = execution(placement, jnp.dtype(dtype))
-    # XLA's CPU compiler sums bfloat16 over devices in float32.
+    # XLA's CPU compiler sums bfloat16 over devices in float32; a ring's hops are the kernel's own.
     widened = placement.platform == "cpu" and run.reduce == jnp.bfloat16
     return Types(
         param=jnp.dtype(dtype).itemsize,
         compute=run.compute.itemsize,
         total=run.total.itemsize,
         reduce=4 if widened else run.reduce.itemsize,
+        hop=run.reduce.itemsize,
         ring=placement.strategy.overlap != "none",
         splits_data=placement.splits_data,
         microbatches=placement.strategy.microbatches,

@@ -123,6 +123,7 @@ class Types:
         compute: of what is gathered.
         total: of sums.
         reduce: of what is summed over devices.
+        hop: of what is summed on its way round a ring.
         ring: whether gathers and scatters of activations are rings of hops.
         splits_data: whether parameters are split over the data axis.
         microbatches: parts of the batch.
@@ -132,9 +133,15 @@ class Types:
     compute: int
     total: int
     reduce: int
+    hop: int
     ring: bool
     splits_data: bool
     microbatches: int
+
+    @property
+    def scatter(self) -> int:
+        """Bytes of an element of an activation that is summed and scattered."""
+        return self.hop if self.ring else self.reduce
 
 
 def forward_collectives(
@@ -147,7 +154,7 @@ def forward_collectives(
         types,
         *_weight_gathers(shape, types, phase, bias=shape.bias),
         (phase, "h", gather, "g", shape.h, types.compute),
-        (phase, "z", scatter, "s", shape.z, types.reduce),
+        (phase, "z", scatter, "s", shape.z, types.scatter),
     )
 
 
@@ -165,7 +172,7 @@ def backward_collectives(
     gather, scatter = _kinds(types)
     rows: list[_Row] = [("backward", "g", gather, "s", shape.z, types.compute)]
     if input_gradient:
-        rows.append(("backward", "dh", scatter, "g", shape.h, types.reduce))
+        rows.append(("backward", "dh", scatter, "g", shape.h, types.scatter))
     if gathers_input:
         rows.append(("backward", "h", gather, "g", shape.h, types.compute))
     # The only use of W in the backward pass is dh.
