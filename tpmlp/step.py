@@ -248,7 +248,7 @@ class Step:
             3
         """
         summary = self._summary(batch_size, dtype)
-        params, batch = self._shapes(batch_size, dtype)
+        params, batch = self.shapes(batch_size, dtype)
         try:
             return self._jitted.lower(params, batch).compile()
         except jax.errors.JaxRuntimeError as error:
@@ -272,7 +272,7 @@ class Step:
             dtype=dtype,
         )
 
-    def _shapes(self, batch_size: int, dtype: Any) -> tuple[Any, Batch]:
+    def shapes(self, batch_size: int, dtype: Any = None) -> tuple[Any, Batch]:
         """Return parameters and a batch as ShapeDtypeStructs with shardings."""
         objective, dtype = self.objective, jnp.dtype(jnp.float32 if dtype is None else dtype)
         placement = objective.placement
