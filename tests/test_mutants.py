@@ -148,10 +148,16 @@ MUTANTS = {
         "return array",
         f"{VOLUMES}[1x8x1-column]",
     ),
+    "a barrier over arrays that differ over other axes": Mutant(
+        "xla.py",
+        "if others <= mine]",
+        "]",
+        "tests/test_xla.py::test_hold_leaves_every_array_the_axes_it_differs_over",
+    ),
     "a ring that skips its last hop": Mutant(
         "kernels/ring.py",
-        "for k in range(hops, 0, -1):",
-        "for k in range(hops - 1, 0, -1):",
+        "for k in range(ahead, 0, -1):",
+        "for k in range(ahead - 1, 0, -1):",
         f"{RING}-gather-y-z]",
     ),
     "a ring the wrong way round": Mutant(

@@ -9,10 +9,11 @@ an accumulator travels round the ring and each device adds its part to it.
     forward        z_k = sum_j W[k, j] h_j        W[k, j]: rows of block k over s, columns of block
                                                   j over g; z_k travels to its device along s
 
-Nothing here says what overlaps what: hops and products are independent values, and XLA's scheduler
-starts a hop before the product it does not need (tpmlp.audit shows which). The functions are those
-of tpmlp.kernels.dense and equal to them up to the order of sums. Blocks of a ring belong to
-neighbours, which the notation of tpmlp.layout has no name for: layouts are in the comments here.
+A hop and the product beside it are held to begin together (tpmlp.xla.hold): left to itself XLA
+on GPUs runs all hops of a gather first, and joins the products of a scatter into one (tpmlp.audit
+shows what overlaps). The functions are those of tpmlp.kernels.dense and equal to them up to the
+order of sums. Blocks of a ring belong to neighbours, which the notation of tpmlp.layout has no name
+for: layouts are in the comments here.
 
 References: Wang et al. 2023, Overlap communication with dependent computation via decomposition
 in large deep learning models, ASPLOS.
@@ -28,17 +29,43 @@ from tpmlp import xla
 from tpmlp.collectives import shift, zeros
 from tpmlp.kernels.execution import Execution
 
-Blocks = list[jax.Array]  # block k from the device k places further along the ring
+
+class Blocks:
+    """The blocks of one array round a ring, each fetched when first taken.
+
+    Block k is that of the device k places further along, for k in `order`: the order in which they
+    arrive, this device's own first.
+    """
+
+    def __init__(self, layout: str, x: jax.Array, role: str, run: Execution, axes: dict[str, str]):
+        self.layout, self.role, self.axes = layout, role, axes
+        self.here = {0: x}
+        ahead, behind = _hops(lax.axis_size(axes[role]), run)
+        self.order = sorted(range(-behind, ahead + 1), key=lambda k: (abs(k), -k))
+        self.shape = x.shape
+
+    def take(self, k: int, done: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """Return block k, which goes on to the next device once `done` is there, and `done`."""
+        if k not in self.here:
+            by = 1 if k > 0 else -1
+            block = shift(self.layout, self.here[k - by], self.role, by, **self.axes)
+            self.here[k], done = xla.hold((block, done))
+        return self.here[k], done
+
+    def hold(self, other: jax.Array) -> jax.Array:
+        """Return another array, and have what is computed from these blocks wait for it."""
+        self.here, other = xla.hold((self.here, other))
+        return other
 
 
 def gather_input(h: jax.Array, run: Execution, /, **axes: str) -> Blocks:
-    """Return the blocks "I/s/g B/d" of every device along g, this device's first."""
-    return _gather("I/s/g B/d", h, "g", run, axes)
+    """Return the blocks "I/s/g B/d" of every device along g."""
+    return Blocks("I/s/g B/d", h, "g", run, axes)
 
 
 def gather_gradient(g: jax.Array, run: Execution, /, **axes: str) -> Blocks:
-    """Return the blocks "O/g/s B/d" of every device along s, this device's first."""
-    return _gather("O/g/s B/d", g, "s", run, axes)
+    """Return the blocks "O/g/s B/d" of every device along s."""
+    return Blocks("O/g/s B/d", g, "s", run, axes)
 
 
 def forward(
@@ -56,11 +83,14 @@ def backward_input(W: jax.Array, g: Blocks, run: Execution, /, **axes: str) -> j
 
 def backward_weight(g: Blocks, h: Blocks, run: Execution, /, **axes: str) -> jax.Array:
     """Compute dW = g h^T, "O/g I/s +d": block [k, j] is g_k h_j^T."""
-    rows, columns = g[0].shape[0], h[0].shape[0]
-    shape = rows * len(g), columns * len(h)
+    rows, columns = g.shape[0], h.shape[0]
+    shape = rows * len(g.order), columns * len(h.order)
     dW = zeros("O/g I/s +d", shape, run.total, **axes)
-    for k, g_k in enumerate(g):
-        for j, h_j in enumerate(h):
+    block = None
+    for k in g.order:
+        for j in h.order:
+            g_k, block = g.take(k, block)
+            h_j, block = h.take(j, block)
             block = xla.product("ob,ib->oi", g_k, h_j, run.total)
             at = _start(k, rows, "s", axes), _start(j, columns, "g", axes)
             dW = lax.dynamic_update_slice(dW, block, at)
@@ -78,7 +108,7 @@ def _multiply(
 ) -> jax.Array:
     """Return this device's block of W x, x in blocks along one axis, the result along another."""
     num_blocks = lax.axis_size(axes[scattered])
-    rows, columns = W.shape[0] // num_blocks, x[0].shape[0]
+    rows, columns = W.shape[0] // num_blocks, x.shape[0]
     dtype = run.sum_dtype(axes[scattered])
 
     def product(k: int) -> jax.Array:
@@ -86,46 +116,35 @@ def _multiply(
         first = _start(k, rows, scattered, axes)
         W_k = lax.dynamic_slice_in_dim(W, first, rows, axis=0)
         total = None
-        for j, x_j in enumerate(x):
+        for j in x.order:
+            x_j, total = x.take(j, total)
             W_kj = lax.dynamic_slice_in_dim(W_k, _start(j, columns, gathered, axes), columns, 1)
             part = xla.product("oi,ib->ob", W_kj, x_j, run.total)
             total = part if total is None else total + part
         assert total is not None
         return total.astype(dtype)
 
-    return _scatter(layout, product, scattered, run, axes).astype(run.total)
-
-
-def _gather(layout: str, x: jax.Array, role: str, run: Execution, axes: dict[str, str]) -> Blocks:
-    size = lax.axis_size(axes[role])
-    ahead, behind = _hops(size, run)
-    blocks = {0: x}
-    for k in range(1, ahead + 1):
-        blocks[k] = shift(layout, blocks[k - 1], role, 1, **axes)
-    for k in range(-1, -behind - 1, -1):
-        blocks[k % size] = shift(layout, blocks[(k + 1) % size], role, -1, **axes)
-    return [blocks[k] for k in range(size)]
+    return _scatter(layout, product, x, scattered, run, axes).astype(run.total)
 
 
 def _scatter(
     layout: str,
     product: Callable[[int], jax.Array],
+    x: Blocks,
     role: str,
     run: Execution,
     axes: dict[str, str],
 ) -> jax.Array:
     """Sum over a ring: what is for the device k places ahead hops there, added to on the way."""
-    total = None
-    for direction, hops in zip((1, -1), _hops(lax.axis_size(axes[role]), run), strict=True):
-        travelling = None
-        for k in range(hops, 0, -1):
+    ahead, behind = _hops(lax.axis_size(axes[role]), run)
+    travelling: dict[int, jax.Array] = {}
+    for k in range(ahead, 0, -1):
+        for direction in (1, -1) if k <= behind else (1,):
             part = product(direction * k)
-            travelling = part if travelling is None else travelling + part
-            travelling = shift(layout, travelling, role, -direction, **axes)
-        if travelling is not None:
-            total = travelling if total is None else total + travelling
-    own = product(0)
-    return own if total is None else total + own
+            if direction in travelling:
+                part = travelling[direction] + part
+            travelling[direction] = shift(layout, x.hold(part), role, -direction, **axes)
+    return sum(travelling.values(), start=product(0))
 
 
 def _hops(size: int, run: Execution) -> tuple[int, int]:
