@@ -64,8 +64,9 @@ class Head:
 
     def sum_outputs(self, *terms: jax.Array) -> list[jax.Array]:
         """Sum each "C/g/s B/d" over all outputs, together in one all-reduce; each "B/d"."""
-        local = einsum("K C/g/s B/d -> K B/d +g+s", jnp.stack(terms), **self.axes)
-        return list(all_reduce("K B/d +g+s -> K B/d", local, **self.axes))
+        # Summed one by one: stacked first, the terms would all be there at once.
+        local = [einsum("C/g/s B/d -> B/d +g+s", term, **self.axes) for term in terms]
+        return list(all_reduce("K B/d +g+s -> K B/d", jnp.stack(local), **self.axes))
 
     def max_outputs(self, z: jax.Array) -> jax.Array:
         """Return the largest output of each sample, "B/d"."""

@@ -152,7 +152,7 @@ def _checked(strategy: Strategy, mesh: Mesh) -> Strategy:
         }.get(platform, "where it is not tried")
         raise ValueError(
             f"keep='offload' must have a TPU: got a mesh of {platform} devices, {reason}. Use "
-            "keep='recompute', which takes less memory still, or 'shard'."
+            "keep='recompute', which keeps the fewest arrays there, or 'shard'."
         )
     return strategy
 

@@ -164,11 +164,7 @@ def make_objective(
     strategy: Strategy | None = None,
 ) -> Objective:
     """Return the Objective that the public functions share; arguments as in value_and_grad."""
-    if not isinstance(model, MLP):
-        raise ValueError(
-            f"model must be a tpmlp.MLP: got a {type(model).__name__}. Make one with "
-            "tpmlp.MLP(widths), and give it to value_and_grad; parameters go to the step."
-        )
+    check_model(model)
     chain = chain_of(model, mesh, strategy)
     meant = Cotangent() if loss is None else get_loss(loss)
     return Objective(model, chain, meant, get_regularizer(regularizer))
@@ -233,7 +229,8 @@ class Step:
             dtype: of the parameters; float32 by default.
 
         Returns:
-            The compiled program, to give to tpmlp.audit or to call with placed arrays.
+            The compiled program, to give to tpmlp.audit. Called, it takes (params, batch), the
+            batch from shard_batch, with x, values and weights in `dtype` and labels in int32.
 
         Raises:
             ValueError: batch_size is not positive; the loss is a user's, whose targets have no
@@ -417,7 +414,8 @@ def _outputs(model: MLP, chain: Chain) -> Callable[[Params, jax.Array], jax.Arra
     def backward_body(layers: Any, x: jax.Array, z: Any, g: jax.Array) -> Any:
         kept = backprop.Kept(z, [None] * num_layers)
         result = backprop.backward(layers, x, kept, g.T, chain)
-        return result.grads, result.dx.T
+        grads = jax.tree.map(lambda dw, w: dw.astype(w.dtype), result.grads, layers)
+        return grads, result.dx.T.astype(x.dtype)
 
     forward = shard_map(forward_body, in_specs=(params, x), out_specs=(rows, z))
     backward = shard_map(backward_body, in_specs=(params, x, z, rows), out_specs=(params, x))

@@ -32,8 +32,9 @@ class Strategy:
             the others computed again. "offload": z_l, in the host's memory.
         keep_every: the period of "recompute"; the square root of the number of layers, rounded,
             by default.
-        compute_dtype: "bfloat16", "float32" or "float64", the type of products and gathers; the
-            parameters' by default. Parameters, gradients and all sums stay in the parameters' type.
+        compute_dtype: "bfloat16", "float32" or "float64", the type of products, of gathers and of
+            the z_l that are kept; the parameters' by default. Parameters and gradients keep their
+            own type; sums have it too, or the compute type where that is wider.
         reduce_dtype: the type in which sums over devices move; the parameters' by default, or
             compute_dtype where that is wider.
         overlap: "none": collectives are XLA's. "ring": gathers and scatters are rings of ppermute
@@ -42,7 +43,8 @@ class Strategy:
         shard_weights: whether parameters, gradients and optimiser states are split over the data
             axis as well, and gathered where they are used (ZeRO-3).
         microbatches: parts of the batch that run one after another, gradients added up. Activations
-            take that much less memory.
+            take that much less memory in a training step; what only looks (evaluate, predict,
+            apply, trace) runs the batch at once.
 
     Raises:
         ValueError: an unknown choice, or one that needs another.

@@ -33,10 +33,12 @@ def hold(arrays: Any) -> Any:
     leaves, structure = jax.tree.flatten(arrays)
     axes = [_differs_over(leaf) for leaf in leaves]
     held = list(leaves)
-    for mine in set(axes):
+    # In an order of their own: one that depends on hashes would differ from host to host.
+    for mine in sorted(set(axes), key=sorted):
         waited_for = [i for i, others in enumerate(axes) if others <= mine]
         values = lax.optimization_barrier([leaves[i] for i in waited_for])
         for i, value in zip(waited_for, values, strict=True):
+            # Those that differ over fewer axes took part, and leave by a barrier of their own.
             held[i] = value if axes[i] == mine else held[i]
     return jax.tree.unflatten(structure, held)
 

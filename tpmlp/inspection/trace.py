@@ -98,7 +98,7 @@ def trace(
 ) -> Trace:
     """Run one forward and backward pass and return what every layer held.
 
-    The program is the training step's own, with more outputs.
+    The program is the training step's own, with more outputs; microbatches run as one.
 
     Args:
         model: the MLP.

@@ -211,6 +211,11 @@ def _check_arguments(kind: Any, batch_size: Any, strategy: Strategy | None) -> K
             f"{strategy.compute_dtype!r}, reduce_dtype={strategy.reduce_dtype!r}. Leave both out: "
             "the bounds here know one rounding."
         )
+    if strategy is not None and strategy.microbatches > 1:
+        raise ValueError(
+            "strategy must run the batch at once to be verified, as every array of it is compared: "
+            f"got microbatches={strategy.microbatches}. Use microbatches=1."
+        )
     x64 = jax.config.read("jax_enable_x64")
     kind = kind or ("float64" if x64 else "float32")
     if kind not in KINDS:
