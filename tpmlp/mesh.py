@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from tpmlp import collectives
@@ -117,7 +118,9 @@ def make_mesh(
             f"y={y} = {needed}, devices={len(pool)}. Use fewer, or call "
             f"tpmlp.simulate_devices({needed}) before JAX starts."
         )
-    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 4, devices=pool[:needed])
+    # Not jax.make_mesh, which refuses 8 x 8 on a 4 x 4 x 4 torus of chips.
+    grid = create_device_mesh(shape, pool[:needed], allow_split_physical_axes=True)
+    mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 4)
     if check:
         check_collectives(mesh)
     return mesh
