@@ -13,6 +13,7 @@ endif
 BIN := $(VENV)/bin
 READY := $(VENV)/.set-up
 READY_GPU := $(VENV)/.set-up-gpu
+READY_ABSENT := $(VENV)/.set-up-absent
 
 # PyTorch gets an environment of its own: it is only measured against.
 TORCH_VENV := $(VENV)-torch
@@ -54,8 +55,8 @@ define CHECK_PYTHON
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train verify picture bench bench-torch bench-gpu test test-gpu check format \
-        pins clean
+.PHONY: help setup train verify picture bench bench-torch bench-gpu absent test test-all \
+        test-gpu check format pins clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -64,7 +65,8 @@ help: ## List the targets
 	@echo 'make train takes $(wordlist 1,8,$(TRAIN_VARIABLES))'
 	@echo '           $(wordlist 9,99,$(TRAIN_VARIABLES)), as NAME=value.'
 	@echo 'make bench, bench-torch and bench-gpu take BENCH_ARGS="..."; "--help" explains them.'
-	@echo 'make test and make test-gpu take PYTEST_ARGS="..." for pytest.'
+	@echo 'make absent takes ABSENT_ARGS="..." likewise.'
+	@echo 'make test, test-all and test-gpu take PYTEST_ARGS="..." for pytest.'
 
 setup: $(READY) ## Make the environment with pinned packages; targets that need it do so first
 	@echo '$(VENV) is ready.'
@@ -80,6 +82,11 @@ $(READY): pyproject.toml constraints.txt
 $(READY_GPU): $(READY)
 	@echo 'Adding the CUDA packages to $(VENV).'
 	@$(INSTALL_PACKAGE) '.[cuda]'
+	@touch $@
+
+$(READY_ABSENT): $(READY)
+	@echo 'Adding the compilers for TPU and CUDA to $(VENV): some GB.'
+	@$(INSTALL_PACKAGE) '.[tpu,cuda]'
 	@touch $@
 
 $(READY_TORCH): $(TORCH_PINS)
@@ -109,8 +116,15 @@ bench-gpu: $(READY) ## Time a train step on a GPU against a bare product and pla
 	@$(MAKE) --no-print-directory $(READY_GPU)
 	@JAX_PLATFORMS=cuda,cpu $(BIN)/python -m experiments.bench.gpu $(BENCH_ARGS)
 
+absent: $(READY_ABSENT) ## Compile the step for TPUs and GPUs that are not here, and count what is in it
+	@$(BIN)/python -m experiments.absent $(ABSENT_ARGS)
+
 test: $(READY) ## Run the suite and the doctests, on simulated CPU devices
 	@$(PYTEST) $(PYTEST_ARGS)
+
+test-all: $(READY) ## Run the suite and every strategy on every mesh; goes on where it was stopped
+	@$(PYTEST) -p tests.resume tests/every_strategy.py tests tpmlp README.md $(PYTEST_ARGS); \
+	    status=$$?; [ $$status -eq 5 ] && echo 'Everything has passed before.' || exit $$status
 
 test-gpu: $(READY_GPU) ## Run the tests marked gpu, on a CUDA device
 	@JAX_PLATFORMS=cuda,cpu $(PYTEST) -n 0 -m gpu $(PYTEST_ARGS)

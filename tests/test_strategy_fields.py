@@ -369,7 +369,7 @@ def test_dx_of_the_first_layer_is_computed_only_when_it_is_asked_for():
 # apply and trace
 
 
-@pytest.mark.parametrize("row", FEW_ROWS, ids=str)
+@pytest.mark.parametrize("row", FEW_ROWS[::2], ids=str)
 def test_apply_and_its_derivative_are_the_reference(row):
     task, _, params, _ = made(row)
     x = np.asarray(task.x, row.param_dtype)
@@ -393,3 +393,18 @@ def test_apply_and_its_derivative_are_the_reference(row):
             assert relative_error(a, b) <= FLOAT64
         else:
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("row", [row for row in FEW_ROWS if row.is_real], ids=str)
+def test_a_trace_is_the_reference(row):
+    task, _, params, _ = made(row)
+    where = {"mesh": mesh_of(row.sizes), "strategy": row.strategy}
+    x, y, weight = task.samples
+    run = tpmlp.trace(task.model, params, x, y, weight=weight, loss=task.loss, **where)
+    wanted = reference.trace(
+        task.arrays, x, y, weight=weight, activation="sigmoid", loss="cross_entropy"
+    )
+    assert relative_error(run.loss, wanted.loss) <= FLOAT64
+    for name in ("h", "z", "sigma_prime", "g"):
+        for l, array in getattr(wanted, name).items():
+            assert relative_error(run.logical(name, l), array) <= FLOAT64, f"{name}_{l}"
