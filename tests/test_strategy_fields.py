@@ -23,6 +23,7 @@ from tests.strategies import (
     QUICKLY,
     Row,
     made,
+    outcome,
     program,
     real_task,
     volumes_of,
@@ -234,6 +235,21 @@ def directions(layout: str, overlap: Any) -> Counter[int]:
 )
 def test_hops_go_one_place_round_the_ring_and_half_of_them_back_if_they_may(layout, overlap, hops):
     assert directions(layout, overlap) == hops
+
+
+@pytest.mark.parametrize("layout", ["column", "row"])
+def test_rings_of_bfloat16_multiply_what_the_reference_does(layout):
+    """XLA's CPU compiler folds a transpose into a product that it then has no code for."""
+    row = Row(
+        sizes=(1, 3, 1),
+        layout=layout,
+        overlap="ring",
+        param_dtype="float32",
+        compute_dtype="bfloat16",
+    )
+    run = outcome(row)
+    for name, wanted in run.task.expected.items():
+        np.testing.assert_array_equal(run.tensors[name], wanted, err_msg=name)
 
 
 # shard_weights

@@ -78,7 +78,7 @@ def forward(
 
 def backward_input(W: jax.Array, g: Blocks, run: Execution, /, **axes: str) -> jax.Array:
     """Compute dh = W^T g, "I/s/g B/d": `forward` with W transposed and the roles exchanged."""
-    return _multiply(W.T, g, "s", "g", "I/s/g B/d", run, axes)
+    return _multiply(W, g, "s", "g", "I/s/g B/d", run, axes, transposed=True)
 
 
 def backward_weight(g: Blocks, h: Blocks, run: Execution, /, **axes: str) -> jax.Array:
@@ -105,21 +105,28 @@ def _multiply(
     layout: str,
     run: Execution,
     axes: dict[str, str],
+    *,
+    transposed: bool = False,
 ) -> jax.Array:
-    """Return this device's block of W x, x in blocks along one axis, the result along another."""
+    """Return this device's block of W x, x in blocks along one axis, the result along another.
+
+    Of W^T x where it is transposed: blocks of W are, each where it is multiplied.
+    """
     num_blocks = lax.axis_size(axes[scattered])
-    rows, columns = W.shape[0] // num_blocks, x.shape[0]
+    out, into = (1, 0) if transposed else (0, 1)
+    formula = "io,ib->ob" if transposed else "oi,ib->ob"
+    rows, columns = W.shape[out] // num_blocks, x.shape[0]
     dtype = run.sum_dtype(axes[scattered])
 
     def product(k: int) -> jax.Array:
         """Return this device's part of the block of the device k places further along."""
         first = _start(k, rows, scattered, axes)
-        W_k = lax.dynamic_slice_in_dim(W, first, rows, axis=0)
+        W_k = lax.dynamic_slice_in_dim(W, first, rows, out)
         total = None
         for j in x.order:
             x_j, total = x.take(j, total)
-            W_kj = lax.dynamic_slice_in_dim(W_k, _start(j, columns, gathered, axes), columns, 1)
-            part = xla.product("oi,ib->ob", W_kj, x_j, run.total)
+            W_kj = lax.dynamic_slice_in_dim(W_k, _start(j, columns, gathered, axes), columns, into)
+            part = xla.product(formula, W_kj, x_j, run.total)
             total = part if total is None else total + part
         assert total is not None
         return total.astype(dtype)
