@@ -6,6 +6,7 @@
 
 import os
 
+import hypothesis
 import jax
 import pytest
 from jax.sharding import Mesh
@@ -17,6 +18,9 @@ if "JAX_PLATFORMS" in os.environ:
     jax.config.update("jax_num_cpu_devices", 8)
 else:
     tpmlp.simulate_devices(8)
+# A test is no stopwatch: on a busy machine the first example of any may take long.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

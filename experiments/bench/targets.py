@@ -111,6 +111,7 @@ def _of_dtype(comparisons: Sequence[Comparison], dtype: str) -> Iterator[Verdict
 
 def _predicted(rows: Sequence[dict[str, Any]], dtype: str) -> Iterator[Verdict]:
     """Compare what was compiled with what was predicted, in the worst cells."""
+    rows = [row for row in rows if "predicted_temp_bytes" in row]
     if not rows:
         return
     low, high = TEMPORARIES_TO_PREDICTED
