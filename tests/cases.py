@@ -23,7 +23,7 @@ from tpmlp.activations import get_activation
 from tpmlp.batch import Batch
 from tpmlp.kernels.objective import Pass, Value
 from tpmlp.losses import Logistic, get_loss
-from tpmlp.step import Objective, make_objective
+from tpmlp.objective import Objective, make_objective
 
 Sizes = tuple[int, int, int]
 Tensors = dict[str, np.ndarray]

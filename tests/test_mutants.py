@@ -46,6 +46,12 @@ SPLIT = "8x1x1-column-gathered-none-split-3-float64-None-None"
 VOLUMES = "tests/kernels/test_cost.py::test_a_step_moves_what_the_docstrings_say"
 
 MUTANTS = {
+    "an order that accelerators are not given": Mutant(
+        "xla.py",
+        "return jax.tree.unflatten(structure, held)",
+        "return arrays",
+        "tests/test_xla.py::test_every_layer_of_the_backward_pass_waits_at_a_barrier",
+    ),
     "a dropped reduction over data": Mutant(
         "kernels/dense.py",
         'return all_reduce("O/g I/s +d -> O/g I/s", dW, **axes).astype(run.total)',

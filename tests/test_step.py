@@ -31,6 +31,7 @@ from tests.cases import (
 )
 from tests.tolerances import FLOAT64
 from tpmlp import reference
+from tpmlp.ahead import compile_lowered
 from tpmlp.losses import Cotangent
 
 PROBLEM = Problem(widths=(17, 12, 10))
@@ -136,6 +137,9 @@ class OutOfMemory:
         self.message = message
 
     def lower(self, *_: Any) -> Any:
+        return self
+
+    def compile(self) -> Any:
         raise jax.errors.JaxRuntimeError(self.message)
 
 
@@ -149,6 +153,14 @@ def test_a_program_that_does_not_fit_is_an_error_with_the_predicted_table(monkey
     for part in ("batch_size=4096", "'data': 2", "microbatches", str(summary)):
         assert part in str(refusal.value)
     assert message in str(refusal.value.__cause__)
+
+
+def test_a_step_of_fit_that_does_not_fit_says_so_too():
+    _, step, where = placed(((2, 2, 2), "row-column"))
+    lowered = OutOfMemory("RESOURCE_EXHAUSTED: Used 93.2G of 16.0G hbm").lower()
+    with pytest.raises(MemoryError, match="batch_size=30") as refusal:
+        compile_lowered(lowered, step.objective, 30)
+    assert str(MODEL.summary(**where, batch_size=30, loss="cross_entropy")) in str(refusal.value)
 
 
 def test_another_error_of_the_compiler_is_left_alone(monkeypatch):

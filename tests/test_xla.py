@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 import tpmlp
 from tests.tolerances import FLOAT64
 from tpmlp import reference, xla
+from tpmlp.ahead import step_shapes
 
 MODEL = tpmlp.MLP((6, 10, 9, 4), activation="tanh")
 STRATEGIES = {
@@ -72,3 +73,12 @@ def test_hold_leaves_every_array_the_axes_it_differs_over():
     held = mapped(*arrays)
     assert seen["axes"] == [{"x", "y"}, {"x", "y", "data"}]
     assert all((a == b).all() for a, b in zip(held, arrays, strict=True))
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_every_layer_of_the_backward_pass_waits_at_a_barrier():
+    # Without it an accelerator's compiler merges the second gather of h_l with the first.
+    step = tpmlp.value_and_grad(MODEL, loss="mse", mesh=tpmlp.make_mesh(x=8))
+    params, batch = step_shapes(step.objective, 12)
+    text = step.lower(params, *batch).as_text()
+    assert text.count("stablehlo.optimization_barrier") >= MODEL.num_layers

@@ -7,9 +7,10 @@ from tpmlp.inspection.verify import verify
 from tpmlp.losses import Loss, cross_entropy, logistic, mse, output
 from tpmlp.mesh import make_mesh, simulate_devices
 from tpmlp.model import MLP
+from tpmlp.outputs import apply
 from tpmlp.parameters import from_numpy, reshard, to_numpy
 from tpmlp.regularizers import elastic_net, l1, l2
-from tpmlp.step import apply, value_and_grad
+from tpmlp.step import value_and_grad
 from tpmlp.strategy import Strategy
 from tpmlp.train.callbacks import EarlyStopping, JSONLines
 from tpmlp.train.inference import Evaluation, evaluate, predict

@@ -145,6 +145,12 @@ def place(widths: tuple[int, ...], mesh: Mesh, strategy: Strategy | None = None)
 def _checked(strategy: Strategy, mesh: Mesh) -> Strategy:
     """Return the strategy, or refuse what the mesh's platform cannot do."""
     platform = mesh.devices.flat[0].platform
+    if platform == "tpu" and "float64" in (strategy.compute_dtype, strategy.reduce_dtype):
+        raise ValueError(
+            "compute_dtype and reduce_dtype must be types that the devices have: got "
+            f"compute_dtype={strategy.compute_dtype!r}, reduce_dtype={strategy.reduce_dtype!r} on "
+            "a mesh of tpu devices, which have no float64. Use 'float32'."
+        )
     if strategy.keep == "offload" and platform != "tpu":
         reason = {
             "cpu": "whose memory is the host's already",

@@ -5,7 +5,7 @@ from math import prod
 
 import jax.numpy as jnp
 
-from tpmlp.kernels.cost import Collective
+from tpmlp.kernels.cost import Collective, total_bytes
 from tpmlp.kernels.execution import execution
 from tpmlp.layout import padded, parse_layout
 from tpmlp.losses import Loss
@@ -62,7 +62,7 @@ class Summary:
     @property
     def bytes_moved(self) -> float:
         """Bytes that a device receives in one step."""
-        return sum(c.bytes for c in self.collectives)
+        return total_bytes(self.collectives)
 
     def __str__(self) -> str:
         tables = self.arrays_table(), self.notes(), "", self.collectives_table(), "", self.memory()

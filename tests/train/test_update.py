@@ -10,8 +10,9 @@ import optax
 import pytest
 
 import tpmlp
+from tpmlp.ahead import step_shapes
 from tpmlp.inspection.audit import Audit
-from tpmlp.step import Step, make_objective
+from tpmlp.objective import make_objective
 from tpmlp.train.optimizer import ShardedOptimizer, masked_optimizer
 from tpmlp.train.run import compile_step
 
@@ -33,7 +34,7 @@ def audited(tx: optax.GradientTransformation) -> Audit:
         dtype=jnp.float32,
     )
     optimizer = ShardedOptimizer(mlp, objective.placement, masked)
-    params, batch = Step(objective).shapes(BATCH)
+    params, batch = step_shapes(objective, BATCH)
     state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         jax.eval_shape(masked.init, params),

@@ -13,8 +13,8 @@ from tpmlp.batch import Batch, place_batch
 from tpmlp.kernels import backprop
 from tpmlp.kernels.execution import execution
 from tpmlp.model import MLP, Params
+from tpmlp.objective import Objective, make_objective
 from tpmlp.parameters import check_params
-from tpmlp.step import Objective, make_objective
 from tpmlp.strategy import Strategy
 
 Name = Literal["h", "z", "sigma_prime", "g"]

@@ -5,6 +5,7 @@ the compiled program, on every mesh and under every strategy.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -50,7 +51,7 @@ class Collective:
     @property
     def bytes(self) -> int | float:
         """Bytes a device receives in a step, exact before the last rounding."""
-        return _number(self._words() * self.item_bytes * self.times)
+        return total_bytes([self])
 
     def _words(self) -> Fraction:
         rounds = 2 if self.kind == "all_reduce" else 1
@@ -286,6 +287,11 @@ def _rows(
         for phase, tensor, kind, role, elements, item_bytes in rows
         if shape.size(role) > 1
     ]
+
+
+def total_bytes(rows: Iterable[Collective]) -> int | float:
+    """Return the bytes a device receives in all collectives, exact before the last rounding."""
+    return _number(sum((row._words() * row.item_bytes * row.times for row in rows), Fraction()))
 
 
 def _number(value: Fraction) -> int | float:

@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 
 from tpmlp.kernels import backprop
 from tpmlp.model import MLP, Params
+from tpmlp.objective import Evaluated, Objective, make_objective
 from tpmlp.parameters import check_params
-from tpmlp.step import Evaluated, Objective, make_objective
 from tpmlp.strategy import Strategy
 from tpmlp.train.batches import Samples, read_samples
 

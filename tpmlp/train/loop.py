@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tpmlp.model import MLP, Params
+from tpmlp.objective import make_objective
 from tpmlp.parameters import check_params
-from tpmlp.step import make_objective
 from tpmlp.strategy import Strategy
 from tpmlp.train.batches import Plan, Samples, read_samples
 from tpmlp.train.callbacks import Callback, check_callbacks

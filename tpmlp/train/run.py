@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from tpmlp.ahead import compile_lowered
 from tpmlp.batch import Batch
 from tpmlp.model import Params, param_shardings
-from tpmlp.step import Evaluated, Objective
+from tpmlp.objective import Evaluated, Objective
 from tpmlp.train import callbacks as hooks
 from tpmlp.train.batches import Plan, Samples, Step
 from tpmlp.train.inference import MAX_IN_FLIGHT, evaluate_samples, warm_up
@@ -75,6 +76,10 @@ def compile_step(
     """Compile one training step for arrays like these; it consumes parameters and state.
 
     Compiled ahead of time, it cannot compile again: it refuses arrays of another shape.
+
+    Raises:
+        MemoryError: it does not fit the device; shows what was predicted, the optimiser's state
+            not counted.
     """
 
     def update(params: Params, state: Any, batch: Batch) -> tuple[Params, Any, Evaluated]:
@@ -86,7 +91,8 @@ def compile_step(
     everywhere = NamedSharding(objective.placement.mesh, PartitionSpec())
     shardings = (placed, optimizer.state_shardings, everywhere)
     jitted = jax.jit(update, donate_argnums=(0, 1), out_shardings=shardings)
-    return jitted.lower(params, state, batch).compile()
+    rows, dtype = batch.weight.shape[0], params[0][0].dtype
+    return compile_lowered(jitted.lower(params, state, batch), objective, rows, dtype)
 
 
 class Run:

@@ -1,0 +1,79 @@
+"""Ahead of time: programs compiled for shapes alone, and what is said of one that does not fit."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tpmlp.batch import Batch, batch_shardings, padded_shapes
+from tpmlp.model import param_shardings
+from tpmlp.objective import Objective
+
+
+def step_shapes(objective: Objective, batch_size: int, dtype: Any = None) -> tuple[Any, Batch]:
+    """Return parameters and a batch as ShapeDtypeStructs with shardings.
+
+    Args:
+        objective: the objective, on a mesh whose devices may be only described.
+        batch_size: samples of one step.
+        dtype: of the parameters, samples, values and weights; float32 by default.
+
+    Raises:
+        ValueError: batch_size is not positive, dtype is not floating, or the loss is a user's,
+            whose targets have no known shape.
+    """
+    placement = objective.placement
+    dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(
+            f"batch_size must be an integer, at least 1: got batch_size={batch_size!r}. Give the "
+            "samples of one step."
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"dtype must be a floating type: got dtype={dtype}. Use for example 'float32'."
+        )
+    shapes = padded_shapes(placement, objective.loss, batch_size)
+    dtypes = Batch(dtype, jnp.int32 if objective.loss.targets == "labels" else dtype, dtype)
+    placed = batch_shardings(placement, objective.loss)
+    batch = Batch(
+        *(
+            None if s is None else jax.ShapeDtypeStruct(shape, d, sharding=s)
+            for shape, d, s in zip(shapes, dtypes, placed, strict=True)
+        )
+    )
+    params = tuple(
+        tuple(
+            None if s is None else jax.ShapeDtypeStruct(shape, dtype, sharding=s)
+            for shape, s in zip(placement.layer_shapes(l), layer, strict=True)
+        )
+        for l, layer in enumerate(param_shardings(objective.model, placement), 1)
+    )
+    return params, batch
+
+
+def compile_lowered(
+    lowered: Any, objective: Objective, batch_size: int, dtype: Any = None
+) -> jax.stages.Compiled:
+    """Compile a step; where it does not fit, say what was predicted.
+
+    Args:
+        lowered: the lowered program of a step of this objective.
+        objective: the objective.
+        batch_size: samples of one step.
+        dtype: of the parameters; float32 by default.
+
+    Raises:
+        MemoryError: the program does not fit the device.
+    """
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(
+            f"the step must fit the memory of a device: got batch_size={batch_size} on "
+            f"{objective.placement.sizes}, and the compiler ran out. Use more devices, "
+            "keep='recompute', microbatches, shard_weights or a smaller type. Predicted:\n"
+            f"{objective.summary(batch_size, dtype)}"
+        ) from error
