@@ -133,7 +133,7 @@ def shift(layout: str, x: jax.Array, role: str, by: int, **axes: str) -> jax.Arr
         LayoutError: the layout does not describe x.
     """
     _check_operand(parse_signature(f"{layout} -> {layout}"), parse_layout(layout), x, axes)
-    size = lax.axis_size(axes[role])
+    size = xla.axis_size(axes[role])
     pairs = [((i + by) % size, i) for i in range(size)]
     return lax.bitcast_convert_type(lax.ppermute(_moved(x), axes[role], pairs), x.dtype)
 
@@ -199,7 +199,7 @@ def block_index(dim: str, **axes: str) -> jax.Array | int:
     (parsed,) = parse_layout(dim).dims
     index: jax.Array | int = 0
     for name in _live(parsed.axes, axes):
-        index = index * lax.axis_size(name) + lax.axis_index(name)
+        index = index * xla.axis_size(name) + lax.axis_index(name)
     return index
 
 
@@ -217,13 +217,13 @@ def _reduced_axes(signature: str, x: jax.Array, axes: dict[str, str]) -> tuple[s
 
 
 def _live(roles: tuple[str, ...], axes: dict[str, str]) -> tuple[str, ...]:
-    return tuple(axes[role] for role in roles if lax.axis_size(axes[role]) > 1)
+    return tuple(axes[role] for role in roles if xla.axis_size(axes[role]) > 1)
 
 
 def _size(names: tuple[str, ...]) -> int:
     size = 1
     for name in names:
-        size *= lax.axis_size(name)
+        size *= xla.axis_size(name)
     return size
 
 
@@ -233,7 +233,7 @@ def _check_operand(signature: Signature, layout: Layout, x: jax.Array, axes: dic
     if unbound := layout.axes.union(signature.result.axes) - axes.keys():
         raise signature.refuse(f"uses axes {sorted(unbound)} that are not bound: got {axes}.")
     claimed = set(_live(tuple(layout.axes), axes))
-    varying = {n for n in jax.typeof(x).manual_axis_type.varying if lax.axis_size(n) > 1}
+    varying = {n for n in jax.typeof(x).manual_axis_type.varying if xla.axis_size(n) > 1}
     if claimed != varying:
         raise signature.refuse(
             f'calls an array "{layout}", which differs over mesh axes {sorted(claimed)}: the array '

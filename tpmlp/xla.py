@@ -19,6 +19,14 @@ def on_cpu() -> bool:
     return device is not None and device.platform == "cpu"
 
 
+def axis_size(axis: str) -> int:
+    """Return the size of a mesh axis in the shard_map that is being traced.
+
+    lax.axis_size traces a sum over the axis each time: a fifth of the time to trace a deep network.
+    """
+    return jax.sharding.get_abstract_mesh().shape[axis]
+
+
 def hold(arrays: Any) -> Any:
     """Return arrays, none of which is there before the others are; on CPU, just as they are.
 
@@ -45,7 +53,7 @@ def hold(arrays: Any) -> Any:
 
 def _differs_over(array: jax.Array) -> frozenset[str]:
     varying = jax.typeof(array).manual_axis_type.varying
-    return frozenset(axis for axis in varying if lax.axis_size(axis) > 1)
+    return frozenset(axis for axis in varying if axis_size(axis) > 1)
 
 
 def after(array: jax.Array, other: jax.Array) -> jax.Array:
@@ -56,8 +64,9 @@ def after(array: jax.Array, other: jax.Array) -> jax.Array:
     """
     if not on_cpu():
         return array
-    never = other[(0,) * other.ndim] > jnp.inf
-    return jnp.where(never, jnp.zeros((), array.dtype), array)
+    first = lax.squeeze(lax.slice(other, (0,) * other.ndim, (1,) * other.ndim), range(other.ndim))
+    never = lax.gt(first, lax.full_like(first, jnp.inf))
+    return lax.select(never, lax.full_like(array, 0), array)
 
 
 def product(formula: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
@@ -80,7 +89,16 @@ def product(formula: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
         a = after(a, b).astype(b.dtype)
     if transposed:
         a, formula = _written_transpose(a), f"{left[::-1]},{rest}"
-    return jnp.einsum(formula, a, b, preferred_element_type=dtype)
+    return _dot(formula, a, b, dtype)
+
+
+def _dot(formula: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+    """Multiply as jnp.einsum does, which takes three times as long to trace."""
+    (left, right), result = formula.split("->")[0].split(","), formula.split("->")[1]
+    (summed,) = set(left) & set(right)
+    assert result == (left + right).replace(summed, "")
+    contracted = (left.index(summed),), (right.index(summed),)
+    return lax.dot_general(a, b, (contracted, ((), ())), preferred_element_type=dtype)
 
 
 def _written_transpose(a: jax.Array) -> jax.Array:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from tpmlp.activations import Activation
 from tpmlp.collectives import block_index, transpose
@@ -21,7 +20,7 @@ from tpmlp.kernels import dense, ring
 from tpmlp.kernels.execution import Execution, execution
 from tpmlp.placement import Placement
 from tpmlp.strategy import Strategy
-from tpmlp.xla import after, hold
+from tpmlp.xla import after, axis_size, hold
 
 Layers = Any  # ((W_1, b_1 or None), ...), local blocks
 
@@ -222,7 +221,7 @@ def _recompute(
 
 def _in_turn(dW: jax.Array, grads: list[Any], axes: dict[str, str]) -> jax.Array:
     """Return dW, whose sum over the data axis then waits for the one before; XLA joins two else."""
-    return dW if lax.axis_size(axes["d"]) == 1 else hold((dW, grads[-1:]))[0]
+    return dW if axis_size(axes["d"]) == 1 else hold((dW, grads[-1:]))[0]
 
 
 def _reduced(

@@ -8,9 +8,9 @@ the *total* type, the parameters' own or a wider compute type.
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 
 from tpmlp.placement import Placement
+from tpmlp.xla import axis_size
 
 
 class Execution(NamedTuple):
@@ -32,7 +32,7 @@ class Execution(NamedTuple):
 
     def sum_dtype(self, axis: str) -> Any:
         """Return the dtype of a product that is then summed over a mesh axis."""
-        return self.reduce if lax.axis_size(axis) > 1 else self.total
+        return self.reduce if axis_size(axis) > 1 else self.total
 
 
 def execution(placement: Placement, param_dtype: Any) -> Execution:

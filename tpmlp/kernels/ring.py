@@ -40,7 +40,7 @@ class Blocks:
     def __init__(self, layout: str, x: jax.Array, role: str, run: Execution, axes: dict[str, str]):
         self.layout, self.role, self.axes = layout, role, axes
         self.here = {0: x}
-        ahead, behind = _hops(lax.axis_size(axes[role]), run)
+        ahead, behind = _hops(xla.axis_size(axes[role]), run)
         self.order = sorted(range(-behind, ahead + 1), key=lambda k: (abs(k), -k))
         self.shape = x.shape
 
@@ -112,7 +112,7 @@ def _multiply(
 
     Of W^T x where it is transposed: blocks of W are, each where it is multiplied.
     """
-    num_blocks = lax.axis_size(axes[scattered])
+    num_blocks = xla.axis_size(axes[scattered])
     out, into = (1, 0) if transposed else (0, 1)
     formula = "io,ib->ob" if transposed else "oi,ib->ob"
     rows, columns = W.shape[out] // num_blocks, x.shape[0]
@@ -143,7 +143,7 @@ def _scatter(
     axes: dict[str, str],
 ) -> jax.Array:
     """Sum over a ring: what is for the device k places ahead hops there, added to on the way."""
-    ahead, behind = _hops(lax.axis_size(axes[role]), run)
+    ahead, behind = _hops(xla.axis_size(axes[role]), run)
     travelling: dict[int, jax.Array] = {}
     for k in range(ahead, 0, -1):
         for direction in (1, -1) if k <= behind else (1,):
@@ -162,6 +162,6 @@ def _hops(size: int, run: Execution) -> tuple[int, int]:
 
 def _start(k: int, block: int, role: str, axes: dict[str, str]) -> jax.Array:
     """Return where the block of the device k places further along an axis starts."""
-    size = lax.axis_size(axes[role])
+    size = xla.axis_size(axes[role])
     place = jnp.int32(0) if size == 1 else lax.axis_index(axes[role])
     return (place + k) % size * block
