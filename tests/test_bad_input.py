@@ -384,17 +384,10 @@ STRATEGIES: dict[str, Case] = {
         lambda: api.Strategy(microbatches=1.5),
         ("microbatches", "microbatches=1.5", "positive integer"),
     ),
-    **{
-        f"offload in {name}": (call, ("keep='offload'", "cpu", "host's", "keep='recompute'"))
-        for name, call in {
-            "a step": lambda: api.value_and_grad(MODEL, loss="mse", mesh=MESH, strategy=_offload()),
-            "init": lambda: MODEL.init(KEY, MESH, strategy=_offload()),
-            "apply": lambda: api.apply(MODEL, PARAMS, X, mesh=MESH, strategy=_offload()),
-            "shard_batch": lambda: api.shard_batch(
-                MODEL, X, LABELS, mesh=MESH, strategy=_offload()
-            ),
-        }.items()
-    },
+    "offload": (
+        lambda: api.Strategy(keep="offload"),
+        ("keep='offload'", "TPU", "keep='recompute'"),
+    ),
     "compute_dtype in verify": (
         lambda: api.verify(MODEL, MESH, strategy=api.Strategy(compute_dtype="bfloat16")),
         ("compute_dtype='bfloat16'", "reduce_dtype=None", "Leave both out"),
@@ -410,10 +403,6 @@ STRATEGIES: dict[str, Case] = {
         ("W_1", "reshard"),
     ),
 }
-
-
-def _offload() -> Any:
-    return api.Strategy(keep="offload")
 
 
 def _other_layout() -> tuple[str, ...]:

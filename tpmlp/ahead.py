@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from tpmlp.batch import Batch, batch_shardings, padded_shapes
+from tpmlp.checks import check_count
 from tpmlp.model import param_shardings
 from tpmlp.objective import Objective
 
@@ -24,11 +25,7 @@ def step_shapes(objective: Objective, batch_size: int, dtype: Any = None) -> tup
     """
     placement = objective.placement
     dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(
-            f"batch_size must be an integer, at least 1: got batch_size={batch_size!r}. Give the "
-            "samples of one step."
-        )
+    check_count("batch_size", batch_size, "Give the samples of one step.")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"dtype must be a floating type: got dtype={dtype}. Use for example 'float32'."

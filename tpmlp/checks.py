@@ -32,6 +32,14 @@ def as_array(name: str, value: Any) -> Any:
     return array
 
 
+def check_count(name: str, value: Any, remedy: str = "") -> int:
+    """Return a positive integer, or refuse it and say what to do."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        remedy = remedy or f"Use for example {name}=8."
+        raise ValueError(f"{name} must be a positive integer: got {name}={value!r}. {remedy}")
+    return int(value)
+
+
 def check_length(name: str, array: Any, num_samples: int) -> None:
     """Refuse an array that has not one row for each sample."""
     if array.ndim == 0 or array.shape[0] != num_samples:

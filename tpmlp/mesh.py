@@ -13,6 +13,7 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from tpmlp import collectives
+from tpmlp.checks import check_count
 
 AXES = ("data", "stage", "x", "y")
 
@@ -36,13 +37,9 @@ def simulate_devices(num_devices: int) -> None:
         >>> jax.device_count()
         8
     """
-    if not _is_count(num_devices):
-        raise ValueError(
-            f"num_devices must be a positive integer: got num_devices={num_devices!r}. "
-            "Use for example simulate_devices(8)."
-        )
+    num_devices = check_count("num_devices", num_devices, "Use for example simulate_devices(8).")
     try:
-        jax.config.update("jax_num_cpu_devices", int(num_devices))
+        jax.config.update("jax_num_cpu_devices", num_devices)
         jax.config.update("jax_platforms", "cpu")
     except RuntimeError as error:
         devices = jax.devices()
@@ -104,11 +101,7 @@ def make_mesh(
         )
     pool = list(jax.devices() if devices is None else np.ravel(np.asarray(devices, object)))
     for name, size in (("data", data), ("stage", stage), ("x", 1 if x is None else x), ("y", y)):
-        if not _is_count(size):
-            raise ValueError(
-                f"mesh axis {name} must be a positive integer: got {name}={size!r}. "
-                "Leave an axis out to give it size 1."
-            )
+        check_count(f"mesh axis {name}", size, "Leave an axis out to give it size 1.")
     x = max(1, len(pool) // (data * stage * y)) if x is None else x
     shape = (int(data), int(stage), int(x), int(y))
     needed = int(np.prod(shape))
@@ -171,8 +164,3 @@ def check_collectives(mesh: Mesh) -> None:
                     f"max difference {np.abs(got - right).max()}. Do not train on this mesh; "
                     "check the devices and the versions of JAX and its plugin."
                 )
-
-
-def _is_count(value: Any) -> bool:
-    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    return is_integer and bool(value >= 1)

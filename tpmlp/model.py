@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tpmlp.activations import Activation, get_activation
+from tpmlp.checks import check_count
 from tpmlp.draw import draw_layers
 from tpmlp.kernels.backprop import Chain
 from tpmlp.losses import get_loss
@@ -155,15 +156,10 @@ class MLP:
             z_2     row     O/g/s B/d  [128, 10]   [128, 2]         1.00 KiB
             g_2     row     O/g/s B/d  [128, 10]   [128, 2]         1.00 KiB
         """
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(
-                f"batch_size must be an integer, at least 1: got batch_size={batch_size!r}. Give "
-                "the samples of one step."
-            )
         return summarize(
             place(self.widths, mesh, strategy),
             bias=self.bias,
-            batch_size=batch_size,
+            batch_size=check_count("batch_size", batch_size, "Give the samples of one step."),
             dtype=jnp.dtype(jnp.float32 if dtype is None else dtype).name,
             loss=None if loss is None else get_loss(loss),
             penalty=isinstance(get_regularizer(regularizer), ElementwisePenalty),

@@ -151,15 +151,6 @@ def _checked(strategy: Strategy, mesh: Mesh) -> Strategy:
             f"compute_dtype={strategy.compute_dtype!r}, reduce_dtype={strategy.reduce_dtype!r} on "
             "a mesh of tpu devices, which have no float64. Use 'float32'."
         )
-    if strategy.keep == "offload" and platform != "tpu":
-        reason = {
-            "cpu": "whose memory is the host's already",
-            "gpu": "where XLA drops the transfers of an unrolled program",
-        }.get(platform, "where it is not tried")
-        raise ValueError(
-            f"keep='offload' must have a TPU: got a mesh of {platform} devices, {reason}. Use "
-            "keep='recompute', which keeps the fewest arrays there, or 'shard'."
-        )
     return strategy
 
 

@@ -6,10 +6,12 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from tpmlp.checks import check_count
+
 WORDS = ("column", "row")
 LAYOUTS = (*WORDS, "alternate", "auto")
 
-Keep = Literal["shard", "gathered", "recompute", "offload"]
+Keep = Literal["shard", "gathered", "recompute"]
 Overlap = Literal["none", "ring", "bidirectional_ring"]
 
 DTYPES = ("bfloat16", "float32", "float64")
@@ -29,7 +31,9 @@ class Strategy:
         keep: what the forward pass keeps of each layer for the backward pass. "shard": z_l, split
             d/M, the least of one array a layer. "gathered": the gathered h_l too, which saves the
             backward pass one collective a layer. "recompute": z_l of every keep_every-th layer,
-            the others computed again. "offload": z_l, in the host's memory.
+            the others computed again. None is kept in the host's memory ("offload" is refused):
+            on TPUs XLA copies each array out only just before it wants it back, so that the
+            device's memory is as full as before; on GPUs it drops the copies.
         keep_every: the period of "recompute"; the square root of the number of layers, rounded,
             by default.
         compute_dtype: "bfloat16", "float32" or "float64", the type of products, of gathers and of
@@ -74,6 +78,13 @@ class Strategy:
                 f"layout must be one of {LAYOUTS} or a tuple with one of {WORDS} a layer: "
                 f"got layout={layout!r}. Use for example layout='auto'."
             )
+        if self.keep == "offload":
+            raise ValueError(
+                "keep must leave arrays on the devices: got keep='offload', which would free no "
+                "memory there, as XLA's TPU compiler copies each array out only just before it "
+                "wants it back, its GPU compiler drops the copies, and a CPU's memory is the "
+                "host's. Use keep='recompute', which keeps the fewest arrays."
+            )
         _check_choice("keep", self.keep, get_args(Keep))
         _check_choice("overlap", self.overlap, get_args(Overlap))
         for name in ("compute_dtype", "reduce_dtype"):
@@ -82,11 +93,10 @@ class Strategy:
             raise ValueError(
                 f"shard_weights must be True or False: got shard_weights={self.shard_weights!r}."
             )
-        _check_count("microbatches", self.microbatches)
-        if self.keep_every is None:
-            return
-        _check_count("keep_every", self.keep_every)
-        if self.keep != "recompute":
+        object.__setattr__(self, "microbatches", check_count("microbatches", self.microbatches))
+        if self.keep_every is not None:
+            object.__setattr__(self, "keep_every", check_count("keep_every", self.keep_every))
+        if self.keep_every is not None and self.keep != "recompute":
             raise ValueError(
                 f"keep_every must be left out unless keep='recompute': got keep={self.keep!r}, "
                 f"keep_every={self.keep_every}. Use keep='recompute', or drop keep_every."
@@ -101,13 +111,6 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(
             f"{name} must be one of {choices}: got {name}={value!r}. Use {name}={choices[0]!r}."
-        )
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(
-            f"{name} must be a positive integer: got {name}={value!r}. Use for example {name}=4."
         )
 
 

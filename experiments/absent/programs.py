@@ -19,7 +19,7 @@ from tpmlp.strategy import Keep, Overlap
 Row = dict[str, Any]
 Result = Literal["gradients", "update"]
 
-KEEPS: tuple[Keep, ...] = ("shard", "gathered", "recompute", "offload")
+KEEPS: tuple[Keep, ...] = ("shard", "gathered", "recompute")
 RINGS: tuple[Overlap, ...] = ("none", "ring", "bidirectional_ring")
 RATE = 1e-2
 
@@ -94,7 +94,6 @@ def _deep(hardware: str) -> list[Program]:
             target_s=TARGETS_S[hardware] if keep == "shard" else None,
         )
         for keep in KEEPS
-        if keep != "offload"
     ]
 
 
@@ -102,10 +101,9 @@ def _large(hardware: str, layers: int) -> list[Program]:
     if hardware.startswith("8 "):
         return []
     shape = {"hardware": hardware, "layers": layers, "width": 32768, "batch": 16384}
-    keeps: list[Keep] = [keep for keep in KEEPS if keep != "offload" or "H100" not in hardware]
     target_s = TARGETS_S[hardware] if layers >= 64 else None
     return [
-        *(Program(**shape, keep=k, target_s=target_s if k == "shard" else None) for k in keeps),
+        *(Program(**shape, keep=k, target_s=target_s if k == "shard" else None) for k in KEEPS),
         Program(**shape, result="update"),
         Program(**shape, result="update", dtype="float32"),
     ]

@@ -9,7 +9,7 @@ from tpmlp.table import text_table
 
 Row = dict[str, Any]
 MEBIBYTE, GIBIBYTE = 2**20, 2**30
-COLORS = {"shard": "C0", "gathered": "C1", "recompute": "C2", "offload": "C3", "update": "C4"}
+COLORS = {"shard": "C0", "gathered": "C1", "recompute": "C2", "update": "C3"}
 
 
 def table(rows: Iterable[Row]) -> str:

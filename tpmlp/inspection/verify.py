@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tpmlp import reference
+from tpmlp.checks import check_count
 from tpmlp.inspection.bounds import operations
 from tpmlp.inspection.trace import Name, Trace, trace
 from tpmlp.losses import Loss, get_loss
@@ -201,10 +202,7 @@ class _Data:
 
 
 def _check_arguments(kind: Any, batch_size: Any, strategy: Strategy | None) -> Kind:
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(
-            f"batch_size must be an integer, at least 1: got batch_size={batch_size!r}. Use 30."
-        )
+    check_count("batch_size", batch_size, "Use 30.")
     if strategy is not None and (strategy.compute_dtype or strategy.reduce_dtype):
         raise ValueError(
             "strategy must compute in the parameters' own type to be verified: got compute_dtype="

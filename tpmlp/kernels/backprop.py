@@ -89,8 +89,6 @@ def keep(passed: Forward, chain: Chain) -> Kept:
     z: list[jax.Array | None] = [
         z_l if is_kept(l, num_layers, strategy) else None for l, z_l in enumerate(passed.z[:-1], 1)
     ]
-    if strategy.keep == "offload":
-        z = [jax.device_put(z_l, jax.memory.Space.Host) for z_l in z]
     # An input that is not gathered is rebuilt from z for nothing.
     gathers = [chain.placement.sizes[axes["g"]] > 1 for axes in chain.placement.axes]
     keeps = [strategy.keep == "gathered" and gathers_l for gathers_l in gathers]
@@ -133,7 +131,7 @@ def backward(
         axes = chain.placement.axes[l - 1]
         if l > 1 and z[l - 2] is None:
             z, g = _recompute(layers, x, z, l, g, run, chain)
-        before = x if l == 1 else _fetched(z[l - 2], chain)
+        before = x if l == 1 else z[l - 2]
         before, (W, b), g, _ = hold((before, layers[l - 1], g, done))
         g_all = layer.gather_gradient(g.astype(run.compute), run, **axes)
         dh = layer.backward_input(_weight(W, g, run, axes), g_all, run, **axes)
@@ -248,12 +246,6 @@ def _bias(
     if b is None:
         return None
     return dense.gather_bias(after(b, ready) if run.splits_data else b, run, **axes)
-
-
-def _fetched(z: jax.Array | None, chain: Chain) -> jax.Array | None:
-    if chain.placement.strategy.keep != "offload":
-        return z
-    return jax.device_put(z, jax.memory.Space.Device)
 
 
 def _mask(array: jax.Array, layer: int, chain: Chain) -> jax.Array:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from tpmlp.checks import check_count
 from tpmlp.kernels import backprop
 from tpmlp.model import MLP, Params
 from tpmlp.objective import Evaluated, Objective, make_objective
@@ -174,13 +175,6 @@ def eval_batch_size(batch_size: int | None, num_samples: int) -> int:
     """Return the rows of a batch; never more than there are samples."""
     wanted = DEFAULT_BATCH_SIZE if batch_size is None else check_count("batch_size", batch_size)
     return min(wanted, num_samples)
-
-
-def check_count(name: str, value: Any) -> int:
-    """Return a positive integer, or refuse it."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name} must be a positive integer: got {name}={value!r}.")
-    return int(value)
 
 
 def _checked(objective: Objective, params: Params, data: Any) -> Samples:

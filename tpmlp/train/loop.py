@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from tpmlp.checks import check_count
 from tpmlp.model import MLP, Params
 from tpmlp.objective import make_objective
 from tpmlp.parameters import check_params
 from tpmlp.strategy import Strategy
 from tpmlp.train.batches import Plan, Samples, read_samples
 from tpmlp.train.callbacks import Callback, check_callbacks
-from tpmlp.train.inference import check_count
 from tpmlp.train.interrupt import interruption
 from tpmlp.train.optimizer import default_optimizer
 from tpmlp.train.probe import make_optimizer
