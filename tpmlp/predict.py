@@ -76,7 +76,7 @@ def step_temp_bytes(
         batch_size: samples of one step.
         dtype: of the parameters.
     """
-    if placement.strategy.overlap != "none" or placement.strategy.microbatches > 1:
+    if placement.strategy.overlap != "none":
         return None
     on_cpu, types = placement.platform == "cpu", step_types(placement, dtype)
     step = StepTape(

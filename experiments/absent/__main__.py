@@ -15,18 +15,18 @@ Prediction: bytes moved are those of tpmlp.predict; three gathers a layer, two w
     h_l is kept; temporaries with keep="shard" of about one array a layer (drawn) and the arrays of
     the layer that runs; compiling takes at most 7 s (64 v5p), 12 s (256 v6e), 2 s (64 H100), 1 s
     (CPU).
-Finding: (experiments/results/absent.json) bytes are those predicted in 40 of 43 programs. The
-    others have their reduce-scatters turned into all-reduces by the TPU compiler: 64 and 16 layers
-    on 256 v6e with keep="recompute", every one; plain scatters over one axis of 8 v5p. Gathers
-    stay apart everywhere. Temporaries of 64 layers, "gathered" against "shard": 8.3 and 0.28 GiB
-    on 64 H100, 9.1 and 1.27 on 64 v5p, 4.3 and 0.32 on 256 v6e; below one array a layer on H100,
-    where kept arrays lie in the memory of results to come. "recompute" halves that on TPUs and
-    saves nothing on H100. "offload" lowers nothing on TPU: the compiler copies each array out just
-    before it wants it back. Updating in place takes no more on TPUs; on H100 XLA puts all updates
-    last, and holds every gradient. Rings overlap 55 of 56 hops on 8 H100, 50 on 8 v5p, in more
-    memory than the plain step on H100 and less on v5p. Compiling missed every target on a machine
-    that was busy with other work: 3.9, 39.7, 19.4 and 3.5 s; 3.2, 19.8, 28.2 and 3.8 s of
-    processor time.
+Finding: (experiments/results/absent.json, libtpu 0.0.42.1) bytes are those predicted in 36 of 39
+    programs. The others have their reduce-scatters turned into all-reduces by the TPU compiler: 64
+    and 16 layers on 256 v6e with keep="recompute", every one; plain scatters over one axis of 8
+    v5p. Gathers stay apart everywhere. Temporaries of 64 layers, "gathered" against "shard": 8.3
+    and 0.28 GiB on 64 H100, 8.1 and 0.26 on 64 v5p, 4.0 and 0.09 on 256 v6e: below one array a
+    layer, as kept arrays lie in the memory of results to come. For that reason "recompute" saves
+    nothing where only gradients are wanted. Updating in place takes 1.1 GiB on v5p, 2.0 on H100,
+    where XLA puts all updates last, and holds every gradient. Rings overlap 55 of 56 hops on 8
+    H100, 50 on 8 v5p, in more memory than the plain step on H100 and less on v5p. Compiling missed
+    every target: 2.6 s (64 H100), 21 (64 v5p), 56 (256 v6e), 3.9 (CPU); of these tracing is 1 s.
+    libtpu 0.0.52 took a third of the processor time for the same programs, 28 s for 256 v6e, and
+    1.3 GiB of temporaries where 0.0.42.1 needs 0.26 on 64 v5p.
 """
 
 import json

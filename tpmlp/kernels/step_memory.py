@@ -34,7 +34,8 @@ class StepTape:
     tape: Tape = field(default_factory=Tape)
 
     def run(self) -> Tape:
-        """Tell forward, loss and backward."""
+        """Tell forward, loss and backward, of one microbatch where there are several."""
+        totals = [] if self.types.microbatches == 1 else self.totals()
         z, gathered, before = [], [], None
         for l in range(1, len(self.shapes) + 1):
             before, h_all = self.forward(l, before)
@@ -44,7 +45,20 @@ class StepTape:
             z_l if is_kept(l, len(z), self.strategy) else None for l, z_l in enumerate(z[:-1], 1)
         ]
         self.backward(kept, gathered, self.loss(z[-1]))
+        if not all(total.is_result for total in totals):
+            for shape in self.shapes:
+                # XLA sums all of them over data at once.
+                self.tape.make("dW summed", shape.W * self.types.param, *totals, result=True)
         return self.tape
+
+    def totals(self) -> list[Buffer]:
+        """Tell the gradients that every microbatch adds to; they become results if they can."""
+        types, shapes = self.types, self.shapes
+        stay = (types.splits_data or shapes[0].size("d") == 1) and types.total == types.param
+        return [
+            self.tape.make("sum of dW", self.dW_words(shape) * types.total, result=stay)
+            for shape in shapes
+        ]
 
     def forward(self, l: int, before: Buffer | None) -> tuple[Buffer, Buffer]:
         """Tell layer l; return z_l and the gathered input."""
@@ -109,18 +123,24 @@ class StepTape:
 
     def dW_part(self, shape: LayerShape, g_all: Buffer, h_all: Buffer) -> Buffer:
         """Tell dW = g h^T, a result where no sum over data follows."""
-        alone = shape.size("d") == 1
+        alone = shape.size("d") == 1 and self.types.microbatches == 1
         item_bytes = self.types.param if alone else self.types.total
         return self.tape.make("dW", shape.W * item_bytes, g_all, h_all, result=alone)
 
     def dW(self, shape: LayerShape, part: Buffer) -> Buffer:
         """Tell the sum of dW over data."""
-        data = shape.size("d")
+        data, types = shape.size("d"), self.types
         if data == 1:
             return part
-        share = data if self.types.splits_data else 1
-        num_bytes = shape.W * self.types.param // share
-        return self.tape.make("dW summed", num_bytes, part, result=True)
+        if types.microbatches == 1:
+            return self.tape.make("dW summed", self.dW_words(shape) * types.param, part, result=True)
+        if not types.splits_data:
+            return part
+        return self.tape.make("dW summed", self.dW_words(shape) * types.total, part)
+
+    def dW_words(self, shape: LayerShape) -> int:
+        """Return the elements of dW that stay on a device."""
+        return shape.W // shape.size("d") if self.types.splits_data else shape.W
 
     def product(
         self, name: str, whole: int, share: int, devices: int, *operands: Buffer | None
