@@ -133,7 +133,9 @@ class StepTape:
         if data == 1:
             return part
         if types.microbatches == 1:
-            return self.tape.make("dW summed", self.dW_words(shape) * types.param, part, result=True)
+            return self.tape.make(
+                "dW summed", self.dW_words(shape) * types.param, part, result=True
+            )
         if not types.splits_data:
             return part
         return self.tape.make("dW summed", self.dW_words(shape) * types.total, part)
