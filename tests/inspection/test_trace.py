@@ -6,13 +6,15 @@ A failure of a tensor means that the trace shows something the step did not comp
 from functools import cache
 from itertools import pairwise
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import tpmlp
-from tests.cases import name_of
+from tests.cases import mesh_of, name_of
 from tests.tolerances import FLOAT64
 from tpmlp import reference
+from tpmlp.inspection.depth import Block, _norm, _slopes, size_shares, summarize_depth
 
 WIDTHS = (17, 12, 20, 10)
 RNG = np.random.default_rng(3)
@@ -61,3 +63,71 @@ def test_an_array_that_is_not_there_is_refused_by_name(name, l):
     run = traced(tpmlp.make_mesh(x=2))
     with pytest.raises(ValueError, match=f"name={name!r}, l={l}"):
         run.logical(name, l)
+
+
+@pytest.mark.parametrize("sizes", [(1, 5, 1), (2, 2, 2), (1, 1, 1)], ids=name_of)
+def test_a_summary_has_the_norms_of_the_logical_arrays(sizes):
+    run = traced(mesh_of(sizes))
+    oracle = reference.trace(ARRAYS, X, Y, activation="sigmoid", loss="cross_entropy")
+    norms = {
+        name: {l: np.linalg.norm(a) for l, a in getattr(oracle, name).items()}
+        for name in ("h", "z", "g", "dW")
+    }
+    for row in run.summary().layers:
+        for name, wanted in norms.items():
+            assert getattr(row, f"{name}_norm") == pytest.approx(wanted[row.layer], rel=FLOAT64)
+        if row.layer < 3:
+            ratio = norms["g"][row.layer] / norms["g"][row.layer + 1]
+            assert row.g_ratio == pytest.approx(ratio, rel=FLOAT64)
+
+
+@pytest.mark.parametrize("sizes", [(1, 3, 1), (2, 2, 2)], ids=name_of)
+def test_a_summary_counts_dead_and_saturated_units_but_no_padding(sizes):
+    mesh, model = mesh_of(sizes), tpmlp.MLP((3, 5, 2), activation="relu")
+    # Units 1 and 4 are below 0 for both samples, unit 2 for one of them.
+    b = np.array([-9.0, 1.0, 0.0, 1.0, -9.0])
+    W = np.zeros((5, 3))
+    W[2, 0] = 1
+    params = tpmlp.from_numpy(model, [(W, b[[0, 1, 2, 3, 4]]), (np.ones((2, 5)), np.ones(2))], mesh)
+    x = np.array([[1.0, 0, 0], [-1.0, 0, 0], [-1.0, 0, 0]])
+    first, last = tpmlp.trace(model, params, x, loss="output", mesh=mesh).summary().layers
+    assert (first.dead_units, first.num_units) == (2, 5)
+    assert first.saturated == pytest.approx((3 + 3 + 2) / 15)
+    assert (last.dead_units, last.saturated, last.g_ratio) == (None, None, None)
+
+
+def test_norms_of_gradients_that_vanish_are_not_lost():
+    tiny = np.full((2, 4), 1e-30, np.float32)
+    (row,) = summarize_depth(
+        *[[Block(jnp.asarray(tiny), 2, 4)]] * 2, [], [Block(jnp.asarray(tiny), 2, 4)], [tiny]
+    ).layers
+    assert row.g_norm == pytest.approx(np.sqrt(8) * 1e-30, rel=1e-6)
+
+
+def test_shares_of_sizes_are_those_of_the_logical_entries():
+    run = traced(mesh_of((2, 2, 2)))
+    blocks = [Block(run.g[l], run.num_samples, WIDTHS[l]) for l in (1, 2, 3)]
+    edges, shares = size_shares(blocks)
+    for l, row in zip((1, 2, 3), shares, strict=True):
+        sizes = np.log10(np.abs(run.logical("g", l)))
+        assert row.sum() == pytest.approx(1, abs=1e-6)
+        wanted, _ = np.histogram(np.clip(sizes, edges[0] + 1e-9, None), edges)
+        np.testing.assert_allclose(row * sizes.size, wanted, atol=1e-3)
+
+
+def test_looking_at_a_trace_gathers_no_array():
+    run = traced(mesh_of((2, 2, 2)))
+    block = Block(run.z[2], run.num_samples, WIDTHS[2])
+    for function in (_norm, _slopes):
+        audit = tpmlp.audit(function.lower(*block).compile())
+        assert audit.collectives
+        assert {row.kind for row in audit.collectives} == {"all_reduce"}
+        assert max(row.payload_bytes for row in audit.collectives) <= 8 * WIDTHS[2]
+
+
+def test_a_picture_has_a_panel_a_quantity_and_a_column_a_layer():
+    figure = traced(mesh_of((1, 5, 1))).plot()
+    panels = [axes for axes in figure.axes if axes.get_ylabel().startswith("$\\log")]
+    assert len(panels) == 3
+    meshes = [panel.collections[0].get_array() for panel in panels]
+    assert [mesh.shape[1] for mesh in meshes] == [3, 3, 2]

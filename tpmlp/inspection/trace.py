@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from tpmlp.batch import Batch, place_batch
+from tpmlp.inspection.depth import Block, DepthSummary, plot_depth, summarize_depth
 from tpmlp.kernels import backprop
 from tpmlp.kernels.execution import execution
 from tpmlp.model import MLP, Params
@@ -50,6 +51,41 @@ class Trace:
     def __repr__(self) -> str:
         return f"<trace of {self.num_samples} samples, widths {self.widths}, loss {self.loss:.4g}>"
 
+    def summary(self) -> DepthSummary:
+        """Return each layer's norms, |g_l| / |g_{l+1}|, dead units and saturation.
+
+        Computed on the devices, where the arrays are; prints as a table.
+
+        Examples:
+            >>> import jax, numpy as np, tpmlp
+            >>> mesh = tpmlp.make_mesh(x=8)
+            >>> mlp = tpmlp.MLP((2, 3, 1), activation="relu")
+            >>> W = np.array([[1.0, 0], [0, 1], [-1, -1]], np.float32)
+            >>> params = tpmlp.from_numpy(mlp, [(W, W[:, 0]), (W.T[:1], W[:1, 0])], mesh)
+            >>> print(trace(mlp, params, np.eye(2), loss="output", mesh=mesh).summary())
+            layer   |h|   |z|   |g|  |dW|  |g_l|/|g_l+1|    dead  saturated
+                1  1.41  3.74  1.41  1.41              1  1 of 3      50.0%
+                2  2.45  3.61  1.41  3.16              -       -          -
+        """
+        return summarize_depth(
+            self._blocks("h"),
+            self._blocks("z"),
+            self._blocks("sigma_prime"),
+            self._blocks("g"),
+            [dW for dW, _ in self.grads],
+        )
+
+    def plot(self) -> Any:
+        """Return a matplotlib Figure: how large z_l, sigma'(z_l) and g_l are, over depth.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is missing.
+        """
+        quantities = {"z_l": self._blocks("z"), "g_l": self._blocks("g")}
+        if self.sigma_prime:
+            quantities = {**quantities, "\\sigma'(z_l)": self._blocks("sigma_prime")}
+        return plot_depth({f"${label}$": blocks for label, blocks in quantities.items()})
+
     def logical(self, name: Name, l: int) -> np.ndarray:
         """Return an array without its padding, on the host.
 
@@ -71,6 +107,11 @@ class Trace:
             )
         width = self.widths[l - 1 if name == "h" else l]
         return np.asarray(arrays[l])[: self.num_samples, :width]
+
+    def _blocks(self, name: Name) -> list[Block]:
+        widths = self.widths[:-1] if name == "h" else self.widths[1:]
+        arrays = getattr(self, name).values()
+        return [Block(a, self.num_samples, width) for a, width in zip(arrays, widths, strict=False)]
 
 
 class _Rows(NamedTuple):

@@ -1,0 +1,227 @@
+"""What a trace says of every layer: its norms, its dead units, how much of it is saturated.
+
+Everything is summed where it lies: arrays stay split over the devices, padding is left out, and
+only scalars leave the program.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tpmlp.extras import require
+from tpmlp.table import text_table
+
+# A slope below this share of the layer's largest passes almost nothing back.
+SATURATED = 0.01
+
+# A picture reaches two powers of ten below the layer with the smallest entries, but no more than
+# float32 does; bins are a quarter of one.
+DECADES_BELOW, MOST_DECADES, BINS_PER_DECADE = 2, 40, 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerStatistics:
+    """Numbers of one layer; norms are Frobenius norms over samples and features.
+
+    Attributes:
+        layer: l, 1-based.
+        h_norm: |h_l|, of its input.
+        z_norm: |z_l|.
+        g_norm: |g_l|.
+        dW_norm: |dW_l|, R included where it is elementwise.
+        g_ratio: |g_l| / |g_{l+1}|; None in the last layer. Far below 1 in every layer: gradients
+            vanish; far above: they explode.
+        dead_units: units whose sigma'(z_l) is 0 for every sample, which learn nothing from this
+            batch; None in the last layer, which has no sigma.
+        saturated: the share of entries with |sigma'(z_l)| below SATURATED of the layer's largest.
+        num_units: d_l.
+    """
+
+    layer: int
+    h_norm: float
+    z_norm: float
+    g_norm: float
+    dW_norm: float
+    g_ratio: float | None
+    dead_units: int | None
+    saturated: float | None
+    num_units: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
+class DepthSummary:
+    """Statistics of all layers; prints as a table.
+
+    Attributes:
+        layers: of layer 1 .. L+1.
+    """
+
+    layers: tuple[LayerStatistics, ...]
+
+    def __str__(self) -> str:
+        headers = ["layer", "|h|", "|z|", "|g|", "|dW|", "|g_l|/|g_l+1|", "dead", "saturated"]
+        return text_table(headers, map(_cells, self.layers))
+
+    __repr__ = __str__
+
+
+class Block(NamedTuple):
+    """An array of a trace, padded, and the part of it that is none.
+
+    Attributes:
+        array: [B, d], split over the devices.
+        num_samples: logical B.
+        width: logical d.
+    """
+
+    array: jax.Array
+    num_samples: int
+    width: int
+
+
+def summarize_depth(
+    h: Sequence[Block], z: Sequence[Block], slope: Sequence[Block], g: Sequence[Block], dW: Any
+) -> DepthSummary:
+    """Return the statistics of a trace.
+
+    Args:
+        h: inputs of the layers.
+        z: z_1 .. z_{L+1}.
+        slope: sigma'(z_1) .. sigma'(z_L).
+        g: g_1 .. g_{L+1}.
+        dW: dW_1 .. dW_{L+1}, whose padding is 0.
+    """
+    norms = {
+        name: [_norm(*block) for block in blocks] for name, blocks in [("h", h), ("z", z), ("g", g)]
+    }
+    found = jax.device_get((norms, [jnp.linalg.norm(w) for w in dW], [_slopes(*s) for s in slope]))
+    norms, dW_norms, slopes = found
+    g_norms = [float(norm) for norm in norms["g"]]
+    return DepthSummary(
+        layers=tuple(
+            LayerStatistics(
+                layer=l,
+                h_norm=float(norms["h"][l - 1]),
+                z_norm=float(norms["z"][l - 1]),
+                g_norm=g_norms[l - 1],
+                dW_norm=float(dW_norms[l - 1]),
+                g_ratio=_ratio(*g_norms[l - 1 : l + 1]) if l < len(z) else None,
+                dead_units=int(slopes[l - 1][0]) if l < len(z) else None,
+                saturated=float(slopes[l - 1][1]) if l < len(z) else None,
+                num_units=z[l - 1].width,
+            )
+            for l in range(1, len(z) + 1)
+        )
+    )
+
+
+def plot_depth(quantities: dict[str, Sequence[Block]]) -> Any:
+    """Return a matplotlib Figure: for each quantity, how large its entries are in each layer.
+
+    A column is one layer, a row one size, the colour the share of the layer's entries that are
+    that large. The lowest row has everything smaller, zeros included.
+
+    Args:
+        quantities: what to draw, by label; the blocks of layer 1, 2, ...
+    """
+    make = require("matplotlib.figure", extra="plot", user="Trace.plot").Figure
+    depth = max(map(len, quantities.values()))
+    figure = make(figsize=(3 + 0.12 * min(depth, 60), 2.6 * len(quantities)), layout="constrained")
+    panels = figure.subplots(len(quantities), 1, sharex=True, squeeze=False)[:, 0]
+    drawn = None
+    for panel, (label, blocks) in zip(panels, quantities.items(), strict=True):
+        edges, shares = size_shares(blocks)
+        layers = np.arange(len(blocks) + 1) + 0.5
+        drawn = panel.pcolormesh(layers, edges, shares.T, vmin=0, cmap="magma")
+        figure.colorbar(drawn, ax=panel, label="share of entries")
+        panel.set_ylabel(f"$\\log_{{10}}$ |{label}|")
+    panels[-1].set_xlabel("layer $l$")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    panels[0].set_title("How large entries are, over depth")
+    return figure
+
+
+def size_shares(blocks: Sequence[Block]) -> tuple[np.ndarray, np.ndarray]:
+    """Return bins of log10 |a| and the share of each block's entries in each bin.
+
+    Returns:
+        edges [K + 1], and shares [len(blocks), K], rows of which add up to 1 (to less where
+        entries are NaN or infinite); everything smaller than the lowest edge is in the first bin.
+    """
+    largest = [float(_largest(*block)) for block in blocks]
+    decades = [math.log10(a) for a in largest if 0 < a < math.inf] or [0.0]
+    top = math.ceil(max(decades))
+    bottom = max(math.floor(min(decades)) - DECADES_BELOW, top - MOST_DECADES)
+    edges = np.linspace(bottom, top, (top - bottom) * BINS_PER_DECADE + 1)
+    upper = jnp.asarray(edges[1:], jnp.float32)
+    below = np.stack([np.asarray(_below(*block, upper)) for block in blocks])
+    return edges, np.diff(below, axis=1, prepend=0)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _norm(array: jax.Array, num_samples: int, width: int) -> jax.Array:
+    a = _unpadded(array, num_samples, width, 0)
+    # Scaled, or squares below 1e-38 would be lost: that is what one looks for.
+    scale = jnp.max(jnp.abs(a))
+    safe = jnp.where(scale > 0, scale, jnp.ones_like(scale))
+    return safe * jnp.sqrt(jnp.sum(jnp.square(a / safe)))
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _slopes(array: jax.Array, num_samples: int, width: int) -> tuple[jax.Array, jax.Array]:
+    """Return how many units are dead, and the share of entries that are saturated."""
+    a = jnp.abs(_unpadded(array, num_samples, width, 0))
+    padding = array.shape[1] - width
+    dead = jnp.sum(jnp.max(a, axis=0) == 0) - padding
+    small = _unpadded(a < SATURATED * jnp.max(a), num_samples, width, False)
+    return dead, jnp.sum(small, dtype=jnp.int32) / (num_samples * width)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _largest(array: jax.Array, num_samples: int, width: int) -> jax.Array:
+    return jnp.max(jnp.abs(_unpadded(array, num_samples, width, 0)))
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _below(array: jax.Array, num_samples: int, width: int, edges: jax.Array) -> jax.Array:
+    """Return the share of entries with log10 |a| at most each edge."""
+    size = jnp.log10(jnp.abs(_unpadded(array, num_samples, width, jnp.inf))).astype(edges.dtype)
+    counts = jax.lax.map(lambda edge: jnp.sum(size <= edge, dtype=jnp.int32), edges)
+    return counts / (num_samples * width)
+
+
+def _unpadded(array: jax.Array, num_samples: int, width: int, padding: Any) -> jax.Array:
+    """Return an array with another value where it is padded; bfloat16 as float32."""
+    rows = jax.lax.broadcasted_iota(jnp.int32, array.shape, 0)
+    columns = jax.lax.broadcasted_iota(jnp.int32, array.shape, 1)
+    array = array.astype(jnp.float32) if array.dtype == jnp.bfloat16 else array
+    inside = (rows < num_samples) & (columns < width)
+    return jnp.where(inside, array, jnp.asarray(padding, array.dtype))
+
+
+def _ratio(this: float, following: float) -> float:
+    return this / following if following else math.nan
+
+
+def _cells(layer: LayerStatistics) -> list[str]:
+    norms = (layer.h_norm, layer.z_norm, layer.g_norm, layer.dW_norm)
+    last = layer.g_ratio is None or layer.dead_units is None or layer.saturated is None
+    return [
+        str(layer.layer),
+        *(f"{norm:.3g}" for norm in norms),
+        *(
+            ["-", "-", "-"]
+            if last
+            else [
+                f"{layer.g_ratio:.3g}",
+                f"{layer.dead_units} of {layer.num_units}",
+                f"{layer.saturated:.1%}",
+            ]
+        ),
+    ]
