@@ -122,8 +122,8 @@ absent: $(READY_ABSENT) ## Compile the step for TPUs and GPUs that are not here,
 test: $(READY) ## Run the suite and the doctests, on simulated CPU devices
 	@$(PYTEST) $(PYTEST_ARGS)
 
-test-all: $(READY) ## Run the suite and every strategy on every mesh; goes on where it was stopped
-	@$(PYTEST) -p tests.resume tests/every_strategy.py tests tpmlp README.md $(PYTEST_ARGS); \
+test-all: $(READY) ## Run the suite and every strategy, mesh and clean run; goes on where it was stopped
+	@$(PYTEST) -p tests.resume tests/every_*.py tests tpmlp README.md $(PYTEST_ARGS); \
 	    status=$$?; [ $$status -eq 5 ] && echo 'Everything has passed before.' || exit $$status
 
 test-gpu: $(READY_GPU) ## Run the tests marked gpu, on a CUDA device

@@ -389,12 +389,10 @@ STRATEGIES: dict[str, Case] = {
         ("keep='offload'", "TPU", "keep='recompute'"),
     ),
     "compute_dtype in verify": (
-        lambda: api.verify(MODEL, MESH, strategy=api.Strategy(compute_dtype="bfloat16")),
-        ("compute_dtype='bfloat16'", "reduce_dtype=None", "Leave both out"),
-    ),
-    "reduce_dtype in verify": (
-        lambda: api.verify(MODEL, MESH, strategy=api.Strategy(reduce_dtype="bfloat16")),
-        ("reduce_dtype='bfloat16'", "Leave both out"),
+        lambda: api.verify(
+            MODEL, MESH, kind="float64", strategy=api.Strategy(compute_dtype="bfloat16")
+        ),
+        ("compute_dtype='bfloat16'", "reduce_dtype=None", "kind='float32'"),
     ),
     "whole parameters where they are split": (
         lambda: api.value_and_grad(

@@ -79,9 +79,43 @@ def test_a_wrong_sigma_prime_is_found_where_it_is(mesh, monkeypatch):
 
 
 def test_nan_is_wrong():
-    ones = np.ones(3)
-    operation = Operation(tensor="z_1", computed=ones * np.nan, exact=ones, bound=ones)
+    operation = Operation(
+        tensor="z_1",
+        layer=1,
+        phase="forward",
+        computed=jnp.full(3, jnp.nan),
+        exact=np.ones(3),
+        bound=np.ones(3),
+    )
     assert operation.worst == np.inf
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"compute_dtype": "bfloat16"},
+        {"compute_dtype": "bfloat16", "reduce_dtype": "bfloat16"},
+        {"reduce_dtype": "bfloat16"},
+        {"compute_dtype": "float64"},
+    ],
+)
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_every_type_is_within_its_bounds(mesh, fields, loss):
+    report = tpmlp.verify(MODEL, mesh, kind="float32", loss=loss, strategy=tpmlp.Strategy(**fields))
+    assert report.ok
+    assert report.fault is None
+
+
+def test_float64_in_narrower_types_is_refused(mesh):
+    narrow = tpmlp.Strategy(compute_dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"compute_dtype='bfloat16'.*kind='float32'"):
+        tpmlp.verify(MODEL, mesh, kind="float64", strategy=narrow)
+
+
+def test_integers_too_large_for_bfloat16_are_refused(mesh):
+    narrow = tpmlp.Strategy(compute_dtype="bfloat16")
+    with pytest.raises(ValueError, match="2\\^8, which bfloat16 holds"):
+        tpmlp.verify(MODEL, mesh, kind="integers", strategy=narrow)
 
 
 def test_float64_without_x64_is_refused():

@@ -6,23 +6,30 @@
             every sum is exact, so order cannot matter, and sharded = reference bit for bit.
 "float32"   each operation recomputed in float64 from the run's own inputs, against a bound that
             has one sum in it (tpmlp.inspection.bounds); end-to-end differences are reported, not
-            judged.
+            judged. bfloat16 products and sums have wider bounds.
+
+Whichever way is asked, the operations are recomputed too, and the first one that rounding cannot
+explain is named: its tensor, layer and phase, and the devices on which it is wrong.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from tpmlp import reference
 from tpmlp.checks import check_count
-from tpmlp.inspection.bounds import operations
+from tpmlp.inspection.bounds import Operation, Phase, Roundoff, operations, unit_roundoff
 from tpmlp.inspection.trace import Name, Trace, trace
+from tpmlp.kernels.execution import Execution, execution
 from tpmlp.losses import Loss, get_loss
 from tpmlp.model import MLP, chain_of
 from tpmlp.parameters import from_numpy, to_numpy
+from tpmlp.placement import Placement
 from tpmlp.strategy import Strategy
 from tpmlp.table import text_table
 
@@ -31,7 +38,6 @@ KINDS: tuple[Kind, ...] = ("float64", "integers", "float32")
 
 # The mission's bound for models up to 16 layers: 1e-12 is 4500 units of roundoff.
 FLOAT64_TOLERANCE = 1e-12
-FLOAT32_ROUNDOFF = 2.0**-24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +62,27 @@ class Check:
         return self.error <= self.bound
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """The first operation that rounding cannot explain.
+
+    Attributes:
+        tensor: what it computes, for example "g_2".
+        layer: l, 1-based, whose forward or backward pass it belongs to.
+        phase: "forward", "loss" or "backward".
+        devices: where it is wrong: ids of devices, or "all" of those that hold a part of it.
+    """
+
+    tensor: str
+    layer: int
+    phase: Phase
+    devices: tuple[int, ...] | Literal["all"]
+
+    def __str__(self) -> str:
+        ids = "all devices" if self.devices == "all" else f"device {_listed(self.devices)}"
+        return f"{self.tensor}, {self.phase} pass of layer {self.layer}, on {ids}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Report:
     """What `verify` found.
@@ -65,17 +92,24 @@ class Report:
         mesh: devices on each axis.
         words: the role of each layer.
         checks: one for each tensor.
+        fault: the first operation that rounding cannot explain, or None.
     """
 
     kind: Kind
     mesh: dict[str, int]
     words: tuple[str, ...]
     checks: tuple[Check, ...]
+    fault: Fault | None
 
     @property
     def ok(self) -> bool:
-        """Whether every tensor is within its bound."""
-        return all(check.ok for check in self.checks)
+        """Whether every tensor is within its bound, and every operation."""
+        return self.fault is None and all(check.ok for check in self.checks)
+
+    @property
+    def verdict(self) -> Literal["rounding", "bug"]:
+        """What the differences are."""
+        return "rounding" if self.ok else "bug"
 
     @property
     def worst(self) -> Check:
@@ -99,7 +133,8 @@ class Report:
         ]
         headers = ["tensor", "error", "bound", "end to end", "verdict"]
         title = f"{self.kind} on {axes}, layers {' '.join(self.words)}; error is {unit}"
-        return f"{title}\n{text_table(headers, rows)}"
+        where = "" if self.fault is None else f": {self.fault}"
+        return f"{title}\n{text_table(headers, rows)}\n{self.verdict}{where}"
 
     __repr__ = __str__
 
@@ -140,15 +175,17 @@ def verify(
         (True, 12)
     """
     kind = _check_arguments(kind, batch_size, strategy)
+    placement = chain_of(model, mesh, strategy).placement
     if kind == "integers":
         model, loss = replace(model, activation="relu"), "output"
     meant = get_loss(loss)
     data = _Data.draw(model, meant, kind=kind, batch_size=batch_size, seed=seed)
     if kind == "integers":
-        _check_exact(model, meant, data)
+        _check_exact(model, meant, data, execution(placement, data.x.dtype))
     run, pairs = _run(model, mesh, strategy, meant, data)
+    found = {op.tensor: op for op in _operations(model, placement, run, data, meant)}
     if kind == "float32":
-        errors, bound = _operation_errors(model, run, data, meant), 1.0
+        errors, bound = {tensor: op.worst for tensor, op in found.items()}, 1.0
     elif kind == "integers":
         errors, bound = {name: np.abs(a - b).max() for name, (a, b) in pairs.items()}, 0.0
     else:
@@ -157,11 +194,12 @@ def verify(
     return Report(
         kind=kind,
         mesh=dict(mesh.shape),
-        words=chain_of(model, mesh, strategy).placement.words,
+        words=placement.words,
         checks=tuple(
             Check(tensor=name, error=float(error), bound=bound, end_to_end=_relative(*pairs[name]))
             for name, error in errors.items()
         ),
+        fault=next(filter(None, map(_fault, found.values())), None),
     )
 
 
@@ -203,12 +241,6 @@ class _Data:
 
 def _check_arguments(kind: Any, batch_size: Any, strategy: Strategy | None) -> Kind:
     check_count("batch_size", batch_size, "Use 30.")
-    if strategy is not None and (strategy.compute_dtype or strategy.reduce_dtype):
-        raise ValueError(
-            "strategy must compute in the parameters' own type to be verified: got compute_dtype="
-            f"{strategy.compute_dtype!r}, reduce_dtype={strategy.reduce_dtype!r}. Leave both out: "
-            "the bounds here know one rounding."
-        )
     if strategy is not None and strategy.microbatches > 1:
         raise ValueError(
             "strategy must run the batch at once to be verified, as every array of it is compared: "
@@ -224,6 +256,13 @@ def _check_arguments(kind: Any, batch_size: Any, strategy: Strategy | None) -> K
         raise ValueError(
             "kind='float64' must have 64-bit types: got jax_enable_x64=False. Call "
             "jax.config.update('jax_enable_x64', True) first, or use kind='float32'."
+        )
+    chosen = () if strategy is None else (strategy.compute_dtype, strategy.reduce_dtype)
+    if kind == "float64" and not set(chosen) <= {None, "float64"}:
+        raise ValueError(
+            "kind='float64' must have all of the step in float64: got compute_dtype="
+            f"{chosen[0]!r}, reduce_dtype={chosen[1]!r}. Use kind='float32', which bounds every "
+            "operation in the types that it has, or leave both out."
         )
     return kind
 
@@ -264,8 +303,8 @@ def _pairs(
     return pairs
 
 
-def _check_exact(model: MLP, loss: Loss, data: _Data) -> None:
-    """Refuse integers whose sums could exceed 2^24 and be rounded.
+def _check_exact(model: MLP, loss: Loss, data: _Data, run: Execution) -> None:
+    """Refuse integers whose sums could be too large for the narrowest type, and be rounded.
 
     With every number replaced by its size, each partial sum of the step, in any order, is at most
     the result: the reference of that says how large sums can get.
@@ -276,26 +315,51 @@ def _check_exact(model: MLP, loss: Loss, data: _Data) -> None:
     )
     arrays = [*largest.z.values(), *largest.g.values(), *largest.dW.values()]
     most = max(largest.loss, *(array.max() for array in arrays))
-    if most > 2**24:
+    narrowest = max((run.compute, run.total, run.reduce), key=unit_roundoff)
+    bits = jnp.finfo(narrowest).nmant + 1
+    if most > 2**bits:
         raise ValueError(
-            f"kind='integers' must have sums below 2^24, which float32 holds exactly: got "
+            f"kind='integers' must have sums below 2^{bits}, which {narrowest} holds exactly: got "
             f"widths={model.widths}, batch_size={len(data.x)}, sums up to {most:.1e}. Use a "
-            "narrower or shallower model, or a smaller batch."
+            "narrower or shallower model, a smaller batch, or kind='float32'."
         )
 
 
-def _operation_errors(model: MLP, run: Trace, data: _Data, loss: Loss) -> dict[str, float]:
-    checked = operations(
+def _operations(
+    model: MLP, placement: Placement, run: Trace, data: _Data, loss: Loss
+) -> Iterator[Operation]:
+    types = execution(placement, data.x.dtype)
+    return operations(
         data.arrays,
         run,
-        to_numpy(model, run.grads),
         data.y,
         activation=model.activation,
         loss=loss.reference,
         weight=data.weight.astype(np.float64),
-        unit_roundoff=FLOAT32_ROUNDOFF,
+        roundoff=Roundoff(
+            compute=unit_roundoff(types.compute),
+            total=unit_roundoff(types.total),
+            reduce=unit_roundoff(types.reduce),
+            num_devices=max(placement.num_blocks, placement.sizes["data"]),
+        ),
     )
-    return {operation.tensor: operation.worst for operation in checked}
+
+
+def _fault(operation: Operation) -> Fault | None:
+    errors = operation.by_device()
+    wrong = tuple(device for device, error in errors.items() if not error <= 1)
+    if not wrong:
+        return None
+    return Fault(
+        tensor=operation.tensor,
+        layer=operation.layer,
+        phase=operation.phase,
+        devices="all" if len(wrong) == len(errors) else wrong,
+    )
+
+
+def _listed(devices: tuple[int, ...]) -> str:
+    return ", ".join(map(str, devices))
 
 
 def _relative(a: np.ndarray, b: np.ndarray) -> float:

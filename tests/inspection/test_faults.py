@@ -1,0 +1,190 @@
+"""verify names the place of a fault, every time, and never cries wolf.
+
+Faults are those of tests/test_mutants.py that change a number of verify's step, and some that are
+on one device alone. A failure means that a user is sent to the wrong place, or that a wrong number
+passes for rounding.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tpmlp
+from tests.cases import Sizes, mesh_of
+from tests.planted import planted
+from tests.test_mutants import MUTANTS
+from tpmlp.inspection.verify import Fault, Report
+
+WIDTHS = (17, 12, 20, 10)
+SQUARE = (12, 12, 12, 12, 12)
+EVERYWHERE: Any = "all"
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A fault and where it has to be found.
+
+    Attributes:
+        mutant: a name in MUTANTS, or (file, old, new).
+        tensor: the first that is wrong.
+        layer: whose pass computes it.
+        phase: of the step.
+        sizes: of the mesh.
+        strategy: fields of it.
+        widths: of the model.
+        devices: where it is wrong.
+    """
+
+    mutant: str | tuple[str, str, str]
+    tensor: str
+    layer: int
+    phase: Any
+    sizes: Sizes = (2, 3, 1)
+    strategy: dict[str, Any] = field(default_factory=dict)
+    widths: tuple[int, ...] = WIDTHS
+    devices: Any = EVERYWHERE
+
+
+FORWARD = "kernels/dense.py", "z + b[:, None]"
+SLOPE = "jax.nn.sigmoid(z) * jax.nn.sigmoid(-z)"
+LEAK = "padded columns leaking"
+PLANTED = [
+    Planted("a dropped sum in dh", "g_2", 3, "backward", (1, 2, 2)),
+    Planted("a doubled reduction", "loss", 3, "loss"),
+    Planted("a bias added on every device", "z_1", 1, "forward", strategy={"layout": "row"}),
+    Planted("a wrong scatter dim", "z_1", 1, "forward", strategy={"layout": "row"}),
+    Planted("a stale sigma'", "g_2", 3, "backward"),
+    Planted(LEAK, "h_3", 2, "forward", (1, 3, 1), devices=(2,)),
+    Planted("a transposed W", "g_3", 4, "backward", (2, 1, 1), widths=SQUARE),
+    Planted("a mean over the padded batch", "loss", 3, "loss", (4, 1, 1)),
+    Planted("a softmax over padded logits", "loss", 3, "loss", (1, 8, 1)),
+    Planted("weights left out of g", "g_3", 3, "loss"),
+    Planted("a ring that skips its last hop", "z_1", 1, "forward", (1, 3, 1), {"overlap": "ring"}),
+    Planted("a ring the wrong way round", "z_1", 1, "forward", (1, 3, 1), {"overlap": "ring"}),
+    Planted(
+        "split gradients that are not summed", "dW_3", 3, "backward", (8, 1, 1),
+        {"shard_weights": True},
+    ),
+    Planted(
+        "layers computed again by those before them", "dW_4", 4, "backward", (2, 2, 1),
+        {"keep": "recompute", "keep_every": 2}, SQUARE,
+    ),
+    Planted("blocks gathered from the wrong axis", "z_2", 2, "forward", (2, 2, 2)),
+    Planted(
+        (*FORWARD, f'{FORWARD[1]} + 1e-3 * (jax.lax.axis_index("x") == 1).astype(z.dtype)'),
+        "z_1", 1, "forward", (1, 3, 1), devices=(1,),
+    ),
+    Planted(
+        (
+            *FORWARD,
+            f'({FORWARD[1]}) * (1 + 0.01 * (jax.lax.axis_index("data") == 1).astype(z.dtype))',
+        ),
+        "z_1", 1, "forward", (2, 2, 1), devices=(2, 3),
+    ),
+    Planted(
+        (
+            "kernels/dense.py",
+            'return einsum("O/g B/d, I/s B/d -> O/g I/s +d", g, h, dtype=run.total, **axes)',
+            'dW = einsum("O/g B/d, I/s B/d -> O/g I/s +d", g, h, dtype=run.total, **axes)\n'
+            '    return dW.at[0, 0].multiply('
+            '1 + 1e-3 * (jax.lax.axis_index("x") == 2).astype(dW.dtype))',
+        ),
+        "dW_3", 3, "backward", (1, 3, 1), devices=(2,),
+    ),
+    Planted(
+        ("activations.py", *(f"return {SLOPE}{error}" for error in ("", " + 1e-5"))),
+        "sigma_prime_2", 2, "backward",
+    ),
+]  # fmt: skip
+
+# What verify's step has none of: R, microbatches, a weight of 0, smoothing, split weights that are
+# moved too often, traffic and order (which are for the audit to find), draws, the audit itself.
+
+NOT_IN_THE_STEP = {
+    "an order that accelerators are not given",
+    "smoothing over padded logits",
+    "R's gradient once a data shard",
+    "a NaN at a sample of weight 0",
+    "weights drawn at padded shapes",
+    "a second gather merged with the first",
+    "a barrier over arrays that differ over other axes",
+    "hops in twice the bytes",
+    "split weights gathered once and kept",
+    "only the last microbatch",
+    "each microbatch divided by its own weight",
+    "products before a start counted as meanwhile",
+}
+# JAX refuses these while it traces: there is no report.
+REFUSED = {"a dropped reduction over data"}
+
+
+def name_of(value: Any) -> str:
+    return f"{value.mutant if isinstance(value.mutant, str) else value.tensor}-{value.devices}"
+
+
+def verified(widths: tuple[int, ...], sizes: Sizes, **strategy: Any) -> Report:
+    model, chosen = tpmlp.MLP(widths, activation="sigmoid"), tpmlp.Strategy(**strategy)
+    return tpmlp.verify(model, mesh_of(sizes), kind="float32", strategy=chosen)
+
+
+@pytest.mark.parametrize("fault", PLANTED, ids=name_of)
+def test_a_fault_is_found_where_it_is(fault):
+    mutant = fault.mutant
+    if isinstance(mutant, str):
+        mutant = MUTANTS[mutant].file, MUTANTS[mutant].old, MUTANTS[mutant].new
+    with planted(*mutant):
+        report = verified(fault.widths, fault.sizes, **fault.strategy)
+    wanted = Fault(tensor=fault.tensor, layer=fault.layer, phase=fault.phase, devices=fault.devices)
+    assert report.verdict == "bug"
+    # The class is the edited package's own.
+    assert str(report.fault) == str(wanted)
+    assert str(report).endswith(f"bug: {wanted}")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_fault_that_jax_refuses_gives_no_report(name):
+    mutant = MUTANTS[name]
+    with planted(mutant.file, mutant.old, mutant.new), pytest.raises(ValueError, match="data"):
+        verified(WIDTHS, (2, 2, 1))
+
+
+def test_every_mutant_is_planted_or_said_not_to_be_in_the_step():
+    named = {fault.mutant for fault in PLANTED if isinstance(fault.mutant, str)}
+    assert set(MUTANTS) <= named | NOT_IN_THE_STEP | REFUSED
+
+
+CLEAN = [
+    ((2, 3, 1), {}, "cross_entropy"),
+    ((2, 2, 2), {"keep": "gathered"}, "mse"),
+    ((1, 8, 1), {"compute_dtype": "bfloat16"}, "cross_entropy"),
+    ((1, 3, 1), {"overlap": "ring"}, "logistic"),
+    ((8, 1, 1), {"shard_weights": True, "reduce_dtype": "bfloat16"}, "cross_entropy"),
+]
+# tests/every_clean_run.py has 1000 runs in all.
+RUNS_EACH = 20
+
+
+@pytest.mark.parametrize(("sizes", "fields", "loss"), CLEAN)
+def test_a_clean_run_is_never_called_a_bug(sizes, fields, loss):
+    assert_never_a_bug(sizes, fields, loss, RUNS_EACH)
+
+
+def assert_never_a_bug(sizes: Sizes, fields: dict[str, Any], loss: str, num_runs: int) -> None:
+    model, mesh = tpmlp.MLP(WIDTHS, activation="tanh"), mesh_of(sizes)
+    strategy = tpmlp.Strategy(**fields)
+    worst = []
+    for seed in range(num_runs):
+        report = tpmlp.verify(model, mesh, kind="float32", strategy=strategy, loss=loss, seed=seed)
+        assert report.verdict == "rounding", report
+        worst.append(report.worst.error)
+    # A bound that is far away would find nothing.
+    assert max(worst) > 0.05
+
+
+def test_padding_that_is_not_zero_is_a_bug():
+    with planted(MUTANTS[LEAK].file, MUTANTS[LEAK].old, MUTANTS[LEAK].new):
+        report = verified(WIDTHS, (1, 3, 1))
+    logical = {check.tensor: check.error for check in report.checks}
+    assert np.isinf(logical["h_3"]) or logical["h_3"] > 1e3
