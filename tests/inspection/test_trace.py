@@ -98,9 +98,8 @@ def test_a_summary_counts_dead_and_saturated_units_but_no_padding(sizes):
 
 def test_norms_of_gradients_that_vanish_are_not_lost():
     tiny = np.full((2, 4), 1e-30, np.float32)
-    (row,) = summarize_depth(
-        *[[Block(jnp.asarray(tiny), 2, 4)]] * 2, [], [Block(jnp.asarray(tiny), 2, 4)], [tiny]
-    ).layers
+    blocks = [Block(jnp.asarray(tiny), 2, 4)]
+    (row,) = summarize_depth(blocks, blocks, [], blocks, [tiny]).layers
     assert row.g_norm == pytest.approx(np.sqrt(8) * 1e-30, rel=1e-6)
 
 

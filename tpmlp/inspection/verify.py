@@ -257,7 +257,8 @@ def _check_arguments(kind: Any, batch_size: Any, strategy: Strategy | None) -> K
             "kind='float64' must have 64-bit types: got jax_enable_x64=False. Call "
             "jax.config.update('jax_enable_x64', True) first, or use kind='float32'."
         )
-    chosen = () if strategy is None else (strategy.compute_dtype, strategy.reduce_dtype)
+    strategy = strategy or Strategy()
+    chosen = strategy.compute_dtype, strategy.reduce_dtype
     if kind == "float64" and not set(chosen) <= {None, "float64"}:
         raise ValueError(
             "kind='float64' must have all of the step in float64: got compute_dtype="
