@@ -94,7 +94,7 @@ PLANTED = [
         "dW_3", 3, "backward", (1, 3, 1), devices=(2,),
     ),
     Planted(
-        ("activations.py", *(f"return {SLOPE}{error}" for error in ("", " + 1e-5"))),
+        ("activations.py", f"return {SLOPE}", f"return {SLOPE} + 1e-5"),
         "sigma_prime_2", 2, "backward",
     ),
 ]  # fmt: skip
