@@ -124,17 +124,17 @@ def backward(
         chain: placement and activation.
         reduce: whether gradients are summed over the data axis here.
     """
-    run, layer = execution(chain.placement, layers[0][0].dtype), _layer(chain)
+    run, layer = execution(chain.placement, layers[0][0].dtype), layer_functions(chain)
     g = g.astype(run.total)
     z, grads, all_g, dh, done = list(kept.z), [], [g], None, ()
     for l in range(len(layers), 0, -1):
         axes = chain.placement.axes[l - 1]
         if l > 1 and z[l - 2] is None:
-            z, g = _recompute(layers, x, z, l, g, run, chain)
+            z, g = recompute(layers, x, z, l, g, run, chain)
         before = x if l == 1 else z[l - 2]
         before, (W, b), g, _ = hold((before, layers[l - 1], g, done))
         g_all = layer.gather_gradient(g.astype(run.compute), run, **axes)
-        dh = layer.backward_input(_weight(W, g, run, axes), g_all, run, **axes)
+        dh = layer.backward_input(whole_weight(W, g, run, axes), g_all, run, **axes)
         db = None if b is None else dense.backward_bias(g, **axes)
         # Nobody may want dh of layer 1, and to wait for it would be to want it.
         before = after(before, dh if l > 1 else g if db is None else db)
@@ -144,7 +144,7 @@ def backward(
         dW = layer.backward_weight(g_all, h, run, **axes)
         dW = _in_turn(dW, grads, axes) if reduce else dW
         done = (dW, db)
-        grads.append(_reduced(dW, db, run, axes) if reduce else (dW, db))
+        grads.append(reduced(dW, db, run, axes) if reduce else (dW, db))
         if l > 1:
             g = dh * sigma_prime(before.astype(run.total), l - 1, chain)
             # This layer's gradient first: it frees the two gathered arrays.
@@ -158,7 +158,7 @@ def reduce_gradients(grads: Layers, chain: Chain) -> Layers:
     """Sum gradients that are not reduced over the data axis."""
     run = execution(chain.placement, grads[0][0].dtype)
     return tuple(
-        _reduced(dW, db, run, axes)
+        reduced(dW, db, run, axes)
         for (dW, db), axes in zip(grads, chain.placement.axes, strict=True)
     )
 
@@ -178,12 +178,12 @@ def _forward(
     layers: Layers, before: jax.Array, first: int, last: int, run: Execution, chain: Chain
 ) -> Forward:
     """Run layers first .. last; `before` is z_{first - 1}, or x where first is 1."""
-    layer, z, gathered = _layer(chain), [], []
+    layer, z, gathered = layer_functions(chain), [], []
     for l in range(first, last + 1):
         axes, (W, b) = chain.placement.axes[l - 1], layers[l - 1]
         h = layer_input(before, l, run, chain)
         gathered.append(layer.gather_input(h, run, **axes))
-        W_l, b_l = _weight(W, h, run, axes), _bias(b, h, run, axes)
+        W_l, b_l = whole_weight(W, h, run, axes), _bias(b, h, run, axes)
         z_l = layer.forward(W_l, b_l, gathered[-1], run, **axes)
         before = z_l.astype(run.compute if l < len(layers) else W.dtype)
         z.append(before)
@@ -198,7 +198,7 @@ def layer_input(before: jax.Array, l: int, run: Execution, chain: Chain) -> jax.
     return transpose("B/d I/s/g -> I/s/g B/d", x, **chain.placement.axes[0])
 
 
-def _recompute(
+def recompute(
     layers: Layers,
     x: jax.Array,
     z: list[jax.Array | None],
@@ -222,19 +222,20 @@ def _in_turn(dW: jax.Array, grads: list[Any], axes: dict[str, str]) -> jax.Array
     return dW if axis_size(axes["d"]) == 1 else hold((dW, grads[-1:]))[0]
 
 
-def _reduced(
+def reduced(
     dW: jax.Array, db: jax.Array | None, run: Execution, axes: dict[str, str]
 ) -> tuple[jax.Array, jax.Array | None]:
+    """Sum a layer's gradients over the batch's parts, where its parameters are."""
     dW = dense.reduce_weight(dW, run, **axes)
     return dW, None if db is None else dense.reduce_bias(db, run, **axes)
 
 
-def _layer(chain: Chain) -> Any:
+def layer_functions(chain: Chain) -> Any:
     """Return the module whose functions make a layer."""
     return dense if chain.placement.strategy.overlap == "none" else ring
 
 
-def _weight(W: jax.Array, ready: jax.Array, run: Execution, axes: dict[str, str]) -> jax.Array:
+def whole_weight(W: jax.Array, ready: jax.Array, run: Execution, axes: dict[str, str]) -> jax.Array:
     """Return W as the layer multiplies it; one that is gathered is gathered anew at each use."""
     return dense.gather_weights(after(W, ready) if run.splits_data else W, run, **axes)
 
@@ -242,7 +243,7 @@ def _weight(W: jax.Array, ready: jax.Array, run: Execution, axes: dict[str, str]
 def _bias(
     b: jax.Array | None, ready: jax.Array, run: Execution, axes: dict[str, str]
 ) -> jax.Array | None:
-    """Return b as the layer adds it; `_weight` for a vector."""
+    """Return b as the layer adds it; `whole_weight` for a vector."""
     if b is None:
         return None
     return dense.gather_bias(after(b, ready) if run.splits_data else b, run, **axes)

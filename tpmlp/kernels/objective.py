@@ -66,7 +66,7 @@ def value(
         loss: the loss.
     """
     z = backprop.forward(layers, x, chain).z[-1]
-    sums = _sums(_per_sample(z, y, chain, loss), weight, chain)
+    sums = _sums(per_sample(z, y, chain, loss), weight, chain)
     return _value(sums, _total_weight(weight, chain), chain, loss)
 
 
@@ -112,7 +112,7 @@ def accumulate(
         return jax.tree.map(jnp.add, carry, (sums, grads)), None
 
     parts = jax.tree.map(lambda a: a.reshape(num_parts, -1, *a.shape[1:]), (x, y, weight))
-    (sums, grads), _ = lax.scan(add, _nothing(layers, chain), parts)
+    (sums, grads), _ = lax.scan(add, no_samples(layers, chain), parts)
     grads = grads if splits else backprop.reduce_gradients(grads, chain)
     return _value(sums, total, chain, loss), _finished(layers, grads, penalty)
 
@@ -138,7 +138,7 @@ def _one_pass(
 ) -> tuple[jax.Array, Layers, list[jax.Array], list[jax.Array]]:
     """Return this device's sums (`_sums`), gradients, z and g of samples with a total weight."""
     passed = backprop.forward(layers, x, chain)
-    sample = _per_sample(passed.z[-1], y, chain, loss)
+    sample = per_sample(passed.z[-1], y, chain, loss)
     scale = weight / total if loss.reduction == "mean" else weight
     g = jnp.where(weight[None] != 0, sample.gradient * scale[None], 0)
     kept = backprop.keep(passed, chain)
@@ -146,7 +146,8 @@ def _one_pass(
     return _sums(sample, weight, chain), result.grads, passed.z, result.g
 
 
-def _per_sample(z: jax.Array, y: Any, chain: Chain, loss: Loss) -> PerSample:
+def per_sample(z: jax.Array, y: Any, chain: Chain, loss: Loss) -> PerSample:
+    """Return each sample's own loss and its gradient by z = z_{L+1}; arguments as in `value`."""
     axes = chain.placement.axes[-1]
     if loss.targets == "values":
         y = transpose("B/d C/g/s -> C/g/s B/d", y, **axes)
@@ -171,7 +172,7 @@ def _value(sums: jax.Array, total: jax.Array, chain: Chain, loss: Loss) -> Value
     return Value(mean, total, correct / total)
 
 
-def _nothing(layers: Layers, chain: Chain) -> tuple[jax.Array, Layers]:
+def no_samples(layers: Layers, chain: Chain) -> tuple[jax.Array, Layers]:
     """Return the sums and gradients of no samples, to add to."""
     dtype = execution(chain.placement, layers[0][0].dtype).total
     split = chain.placement.splits_data
