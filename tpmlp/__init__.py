@@ -7,6 +7,7 @@ from tpmlp.inspection.verify import verify
 from tpmlp.losses import Loss, cross_entropy, logistic, mse, output
 from tpmlp.mesh import make_mesh, simulate_devices
 from tpmlp.model import MLP
+from tpmlp.norms import ClippedGradients, clip_by_global_norm, global_norm
 from tpmlp.outputs import apply
 from tpmlp.parameters import from_numpy, reshard, to_numpy
 from tpmlp.regularizers import elastic_net, l1, l2
@@ -21,6 +22,7 @@ __all__ = [
     "MLP",
     "Audit",
     "Batch",
+    "ClippedGradients",
     "EarlyStopping",
     "Evaluation",
     "FitResult",
@@ -29,11 +31,13 @@ __all__ = [
     "Strategy",
     "apply",
     "audit",
+    "clip_by_global_norm",
     "cross_entropy",
     "elastic_net",
     "evaluate",
     "fit",
     "from_numpy",
+    "global_norm",
     "l1",
     "l2",
     "logistic",

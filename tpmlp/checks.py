@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def as_array(name: str, value: Any) -> Any:
@@ -38,6 +39,17 @@ def check_count(name: str, value: Any, remedy: str = "") -> int:
         remedy = remedy or f"Use for example {name}=8."
         raise ValueError(f"{name} must be a positive integer: got {name}={value!r}. {remedy}")
     return int(value)
+
+
+def check_positive(name: str, value: Any, remedy: str) -> Any:
+    """Return a positive real number, infinity included, or refuse it; traced ones are let pass."""
+    if isinstance(value, Tracer) and value.ndim == 0:
+        return value
+    number = not isinstance(value, bool | Tracer) and np.ndim(value) == 0
+    number = number and np.asarray(value).dtype.kind in "iuf"
+    if not number or not value > 0:
+        raise ValueError(f"{name} must be a positive number: got {name}={value!r}. {remedy}")
+    return value
 
 
 def check_length(name: str, array: Any, num_samples: int) -> None:
