@@ -403,6 +403,66 @@ STRATEGIES: dict[str, Case] = {
 }
 
 
+def of_samples(name: str = "per_example_gradient_norms", x: Any = X, **changes: Any) -> Any:
+    """Call a function of single samples' gradients on good arguments, some of them changed."""
+    call = {"y": VALUES, "loss": "mse", "mesh": MESH} | changes
+    return getattr(api, name)(MODEL, PARAMS, x, **call)
+
+
+def clipped_to(max_norm: Any) -> Any:
+    return of_samples("clipped_gradient_sum", max_norm=max_norm)
+
+
+GRADIENTS: dict[str, Case] = {
+    "no loss": (lambda: of_samples(loss=None), ("loss", "loss=None", "jnp.vdot")),
+    "no loss to clip by": (
+        lambda: of_samples("clipped_gradient_sum", loss=None, max_norm=1.0),
+        ("loss", "loss=None"),
+    ),
+    "no loss to scale by": (
+        lambda: of_samples("gradient_noise_scale", loss=None),
+        ("loss", "loss=None"),
+    ),
+    "positions": (
+        lambda: of_samples(x=np.ones((4, 7, 3))),
+        ("x", "(4, 7, 3)", "[B, d_0]", "one row"),
+    ),
+    "positions to clip": (
+        lambda: of_samples("clipped_gradient_sum", x=np.ones((4, 7, 3)), max_norm=1.0),
+        ("x", "(4, 7, 3)", "[B, d_0]"),
+    ),
+    "targets": (lambda: of_samples(y=VALUES[:2]), ("y", "(2, 5)", "4 rows")),
+    "another mesh": (lambda: of_samples(mesh=mesh_of((1, 8, 1))), ("W_1", "(8, 8)", "reshard")),
+    "one sample": (
+        lambda: of_samples("gradient_noise_scale", x=X[:1], y=VALUES[:1]),
+        ("x", "at least two rows", "(1, 3)"),
+    ),
+    "bound of 0": (lambda: clipped_to(0), ("max_norm", "max_norm=0", "positive")),
+    "negative bound": (lambda: clipped_to(-1.5), ("max_norm", "max_norm=-1.5", "positive")),
+    "NaN as bound": (lambda: clipped_to(np.nan), ("max_norm", "max_norm=nan", "positive")),
+    "True as bound": (lambda: clipped_to(True), ("max_norm", "max_norm=True", "positive")),
+    "string as bound": (lambda: clipped_to("1"), ("max_norm", "max_norm='1'", "max_norm=1.0")),
+    "two bounds": (lambda: clipped_to(np.ones(2)), ("max_norm", "array([1., 1.])")),
+    "no bound": (lambda: clipped_to(None), ("max_norm", "max_norm=None", "max_norm=1.0")),
+    "bound of the global norm": (
+        lambda: api.clip_by_global_norm(MODEL, PARAMS, -1, mesh=MESH),
+        ("max_norm", "max_norm=-1", "positive"),
+    ),
+    "norm on another mesh": (
+        lambda: api.global_norm(MODEL, PARAMS, mesh=mesh_of((1, 8, 1))),
+        ("W_1", "(8, 8)", "reshard"),
+    ),
+    "norm of NumPy arrays": (
+        lambda: api.global_norm(MODEL, NUMBERS, mesh=MESH),
+        ("W_1", "ndarray", "from_numpy"),
+    ),
+    "norm of no model": (
+        lambda: api.global_norm((3, 8, 5), PARAMS, mesh=MESH),
+        ("model", "a tuple", "MLP"),
+    ),
+}
+
+
 def _other_layout() -> tuple[str, ...]:
     """Return the legal layout that "auto" did not choose."""
     chosen = api.value_and_grad(MODEL, loss="mse", mesh=MESH).objective.placement.words
@@ -419,6 +479,7 @@ CASES = {
         "weight:": WEIGHTS,
         "params:": PARAMETERS,
         "strategy:": STRATEGIES,
+        "gradients:": GRADIENTS,
     }.items()
     for name, case in cases.items()
 }

@@ -43,6 +43,7 @@ FIELDS = "tests/test_strategy_fields.py"
 RING = "tests/kernels/test_dense.py::test_float64_tensor_equals_numpy[ring-1x3x1"
 # The rows of tests.strategies.FLOAT64_ROWS that the mutants name.
 SPLIT = "8x1x1-column-gathered-none-split-3-float64-None-None"
+PER_EXAMPLE = "tests/inspection/test_per_example.py"
 VOLUMES = "tests/kernels/test_cost.py::test_a_step_moves_what_the_docstrings_say"
 
 MUTANTS = {
@@ -209,6 +210,31 @@ MUTANTS = {
         "_forward(again, after(before, g), s + 1, l - 1, run, chain)",
         "_forward(again, after(before, g), max(s, 1), l - 1 - (s > 0), run, chain)",
         f"{FIELDS}::test_layers_computed_again_start_from_the_last_that_was_kept[2-none]",
+    ),
+    "biases left out of the norms of samples": Mutant(
+        "kernels/per_example.py",
+        "biases = 0 if layers[0][1] is None else 1",
+        "biases = 0",
+        f"{PER_EXAMPLE}::test_norms_alone_equal_vmap_of_grad[1x3x1]",
+    ),
+    "norms of samples times their weights": Mutant(
+        "kernels/per_example.py",
+        "jnp.where(weight[None] != 0, sample.gradient, 0)",
+        "jnp.where(weight[None] != 0, sample.gradient * weight[None], 0)",
+        f"{PER_EXAMPLE}::test_a_weight_of_zero_leaves_a_sample_out_and_others_play_no_part",
+    ),
+    "one factor for the batch, that of its longest gradient": Mutant(
+        "kernels/per_example.py",
+        "max_norm.astype(run.norms.dtype) / run.norms",
+        "max_norm.astype(run.norms.dtype) / run.norms.max(keepdims=True)",
+        f"{PER_EXAMPLE}::test_norms_losses_and_the_clipped_sum_equal_vmap_of_grad[1x1x1-column]",
+    ),
+    "copies of a gradient counted in its norm": Mutant(
+        "kernels/norm.py",
+        "jnp.sum(squares), **chain",
+        'jnp.sum(squares) * jax.lax.axis_size("data"), **chain',
+        "tests/test_norms.py::"
+        "test_clipped_gradients_have_the_norm_of_the_bound_and_the_same_direction[2x1x1-column]",
     ),
     "products before a start counted as meanwhile": Mutant(
         "inspection/hlo/collectives.py",

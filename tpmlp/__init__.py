@@ -2,6 +2,13 @@
 
 from tpmlp.batch import Batch, shard_batch
 from tpmlp.inspection.audit import Audit, audit
+from tpmlp.inspection.per_example import (
+    ClippedSum,
+    NoiseScale,
+    clipped_gradient_sum,
+    gradient_noise_scale,
+    per_example_gradient_norms,
+)
 from tpmlp.inspection.trace import trace
 from tpmlp.inspection.verify import verify
 from tpmlp.losses import Loss, cross_entropy, logistic, mse, output
@@ -23,27 +30,32 @@ __all__ = [
     "Audit",
     "Batch",
     "ClippedGradients",
+    "ClippedSum",
     "EarlyStopping",
     "Evaluation",
     "FitResult",
     "JSONLines",
     "Loss",
+    "NoiseScale",
     "Strategy",
     "apply",
     "audit",
     "clip_by_global_norm",
+    "clipped_gradient_sum",
     "cross_entropy",
     "elastic_net",
     "evaluate",
     "fit",
     "from_numpy",
     "global_norm",
+    "gradient_noise_scale",
     "l1",
     "l2",
     "logistic",
     "make_mesh",
     "mse",
     "output",
+    "per_example_gradient_norms",
     "predict",
     "reshard",
     "shard_batch",

@@ -94,10 +94,18 @@ class Objective:
         penalty = self.regularizer if isinstance(self.regularizer, ElementwisePenalty) else None
         return {"chain": self.chain, "loss": self.loss, "penalty": penalty}
 
-    def map(self, body: Callable[..., Any], out_specs: Specs) -> Callable[[Params, Batch], Any]:
-        """Return body(layers, x, y, weight) on every device's blocks, in the kernel's types."""
+    def map(
+        self, body: Callable[..., Any], out_specs: Specs, *, more_specs: tuple[Specs, ...] = ()
+    ) -> Callable[..., Any]:
+        """Return body(layers, x, y, weight, *more) on every device's blocks, in the kernel's types.
 
-        def cast(layers: Any, batch: Batch) -> Any:
+        Args:
+            body: of one device's blocks.
+            out_specs: PartitionSpecs of what it returns.
+            more_specs: PartitionSpecs of what follows (params, batch).
+        """
+
+        def cast(layers: Any, batch: Batch, *more: Any) -> Any:
             dtype = layers[0][0].dtype
             x, y, weight = batch
             if self.loss.targets == "values":
@@ -105,13 +113,13 @@ class Objective:
             elif self.loss.targets == "labels":
                 # The widest integer: in a narrower one a label could come round to another class.
                 y = y.astype(jax.dtypes.canonicalize_dtype(jnp.int64))
-            return body(layers, x.astype(dtype), y, weight.astype(dtype))
+            return body(layers, x.astype(dtype), y, weight.astype(dtype), *more)
 
         batch_specs = Batch(*(s and s.spec for s in batch_shardings(self.placement, self.loss)))
         return jax.shard_map(
             cast,
             mesh=self.placement.mesh,
-            in_specs=(self.param_specs, batch_specs),
+            in_specs=(self.param_specs, batch_specs, *more_specs),
             out_specs=out_specs,
         )
 
