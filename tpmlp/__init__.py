@@ -1,6 +1,9 @@
 """tpmlp: tensor-parallel multilayer perceptrons with an explicit, verified backward pass."""
 
 from tpmlp.batch import Batch, shard_batch
+from tpmlp.exchange.fingerprint import parameter_hash
+from tpmlp.exchange.npz import load_npz, save_npz
+from tpmlp.exchange.safetensors import load_safetensors, save_safetensors
 from tpmlp.inspection.audit import Audit, audit
 from tpmlp.inspection.per_example import (
     ClippedSum,
@@ -51,13 +54,18 @@ __all__ = [
     "gradient_noise_scale",
     "l1",
     "l2",
+    "load_npz",
+    "load_safetensors",
     "logistic",
     "make_mesh",
     "mse",
     "output",
+    "parameter_hash",
     "per_example_gradient_norms",
     "predict",
     "reshard",
+    "save_npz",
+    "save_safetensors",
     "shard_batch",
     "simulate_devices",
     "to_numpy",

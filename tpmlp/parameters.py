@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpmlp.layout import padded
 from tpmlp.model import MLP, Params, param_shardings
@@ -24,7 +24,7 @@ Arrays = list[tuple[np.ndarray, np.ndarray | None]]
 
 
 def to_numpy(model: MLP, params: Params) -> Arrays:
-    """Return parameters, or gradients, at logical widths.
+    """Return parameters, or gradients, at logical widths; with many processes all call it.
 
     Args:
         model: the model.
@@ -38,7 +38,7 @@ def to_numpy(model: MLP, params: Params) -> Arrays:
     """
     _check_padded(model, params)
     return [
-        (np.asarray(W)[:d_out, :d_in], None if b is None else np.asarray(b)[:d_out])
+        (_on_host(W)[:d_out, :d_in], None if b is None else _on_host(b)[:d_out])
         for (W, b), (d_out, d_in) in zip(params, model.layer_shapes, strict=True)
     ]
 
@@ -207,6 +207,14 @@ def _check_param(name: str, array: Any, shape: tuple[int, ...], sharding: NamedS
             f"{name} must be placed as {sharding.spec} on {dict(sharding.mesh.shape)}: got "
             f"{array.sharding}. {way_out}"
         )
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """Return a whole padded array, also where other processes hold blocks of it."""
+    if not array.is_fully_addressable:
+        whole: Any = array.sharding
+        array = _identity(NamedSharding(whole.mesh, PartitionSpec()))(array)
+    return np.asarray(array)
 
 
 def _move(
