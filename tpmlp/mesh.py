@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh
 
-from tpmlp import collectives
 from tpmlp.checks import check_count
+from tpmlp.preflight import check_collectives
 
 AXES = ("data", "stage", "x", "y")
 
@@ -70,8 +70,9 @@ def make_mesh(
         y: devices on the second tensor axis.
         devices: the devices to use, all of JAX's by default. A mesh smaller than their number
             takes the first ones.
-        check: whether to run every collective once on this mesh and compare it with its
-            definition, so that a broken runtime is found before training.
+        check: whether to run every collective on this mesh, on arrays of a few bytes to 16 MiB,
+            and compare it with its definition, so that a broken runtime is found before training
+            (tpmlp.preflight). With many processes fit does so by itself.
         **unknown: nothing; another axis is refused.
 
     Returns:
@@ -80,7 +81,7 @@ def make_mesh(
     Raises:
         ValueError: an unknown axis, one that is not a positive integer, or a mesh that is larger
             than the devices.
-        RuntimeError: check found a collective that gives wrong numbers.
+        RuntimeError: check found a collective that gives wrong numbers; says which and where.
 
     Examples:
         >>> dict(make_mesh(data=2, x=2, y=2).shape)
@@ -132,35 +133,3 @@ def check_mesh(mesh: Mesh) -> Mesh:
             "tpmlp.make_mesh; jax.make_mesh makes Explicit ones."
         )
     return mesh
-
-
-def check_collectives(mesh: Mesh) -> None:
-    """Run each collective over each axis on integers and compare with its definition.
-
-    Raises:
-        RuntimeError: a collective gives wrong numbers on this mesh; names it and the axis.
-    """
-    for axis in AXES:
-        blocks = np.arange(mesh.shape[axis] ** 2 * 6, dtype=np.float32)
-        blocks = blocks.reshape(mesh.shape[axis], -1, 2)  # one block a device, [features, batch]
-        total = blocks.sum(0)
-        expected = {
-            "all_gather": ("A/a B -> A B", blocks.reshape(-1, 2), PartitionSpec()),
-            "reduce_scatter": ("A B +a -> A/a B", total, PartitionSpec(axis)),
-            "all_reduce": ("A B +a -> A B", total, PartitionSpec()),
-        }
-        split = PartitionSpec(axis if mesh.shape[axis] > 1 else None)
-        for name, (signature, right, out_spec) in expected.items():
-
-            def body(x: jax.Array, name: str = name, signature: str = signature, axis: str = axis):
-                return getattr(collectives, name)(signature, x, a=axis)
-
-            out_spec = out_spec if mesh.shape[axis] > 1 else PartitionSpec()
-            run = jax.shard_map(body, mesh=mesh, in_specs=split, out_specs=out_spec)
-            got = np.asarray(jax.jit(run)(blocks.reshape(-1, 2)))
-            if not np.array_equal(got, right):
-                raise RuntimeError(
-                    f"{name} over mesh axis {axis} gives wrong numbers on {mesh.shape}: "
-                    f"max difference {np.abs(got - right).max()}. Do not train on this mesh; "
-                    "check the devices and the versions of JAX and its plugin."
-                )

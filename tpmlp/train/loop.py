@@ -13,6 +13,7 @@ from tpmlp.checks import check_count
 from tpmlp.model import MLP, Params
 from tpmlp.objective import make_objective
 from tpmlp.parameters import check_params
+from tpmlp.preflight import check_collectives_once
 from tpmlp.strategy import Strategy
 from tpmlp.train.batches import Plan, Samples, read_samples
 from tpmlp.train.callbacks import Callback, check_callbacks
@@ -75,6 +76,8 @@ def fit(
 
     Raises:
         ValueError: what is wrong with an argument, before anything is compiled.
+        RuntimeError: with many processes, a collective that gives wrong numbers on this mesh, in
+            arrays no larger than the run's.
         ModuleNotFoundError: optax is not installed, or rich, which draws the progress.
 
     Examples:
@@ -108,6 +111,8 @@ def fit(
         callbacks=check_callbacks(callbacks, validated=validated is not None),
         log_every=_record_interval(log_every, plan),
     )
+    if jax.process_count() > 1:
+        check_collectives_once(mesh, _largest_bytes(model, batch_size, dtype))
     # Steps reuse the memory of what they are given, and params are the caller's.
     start = (
         model.init(jax.random.key(seed), mesh, strategy=strategy)
@@ -136,6 +141,12 @@ def _make_plan(
         check_count("steps", steps) if epochs is None else check_count("epochs", epochs) * per_epoch
     )
     return Plan(seed=seed, num_samples=num_samples, batch_size=size, num_steps=num_steps)
+
+
+def _largest_bytes(model: MLP, batch_size: int, dtype: jnp.dtype) -> int:
+    """Return a size that no array of a step exceeds, nor what a device holds of it."""
+    largest = max(batch_size * max(model.widths), *(o * i for o, i in model.layer_shapes))
+    return largest * dtype.itemsize
 
 
 def _record_interval(log_every: int | None, plan: Plan) -> int:
