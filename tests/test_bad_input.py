@@ -313,7 +313,7 @@ PARAMETERS: dict[str, Case] = {
         ("key", "key=0", "jax.random.key(0)"),
     ),
     "integer parameters": (
-        lambda: MODEL.init(jax.random.key(0), MESH, dtype=np.int32),
+        lambda: MODEL.init(KEY, MESH, dtype=np.int32),
         ("dtype", "int32", "float32"),
     ),
     "whole batch in summary": (
@@ -387,6 +387,18 @@ STRATEGIES: dict[str, Case] = {
     "offload": (
         lambda: api.Strategy(keep="offload"),
         ("keep='offload'", "TPU", "keep='recompute'"),
+    ),
+    "dtype to compile for, unknown": (
+        lambda: api.value_and_grad(MODEL, loss="mse", mesh=MESH).compile(64, dtype="foo"),
+        ("dtype", "'foo'", "'bfloat16'"),
+    ),
+    "dtype to compile for, float16": (
+        lambda: api.value_and_grad(MODEL, loss="mse", mesh=MESH).compile(64, dtype="float16"),
+        ("dtype", "'float16'", "'float32'"),
+    ),
+    "dtype of a summary": (
+        lambda: MODEL.summary(MESH, batch_size=64, dtype="int32"),
+        ("dtype", "'int32'", "'float32'"),
     ),
     "compute_dtype in verify": (
         lambda: api.verify(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from tpmlp.batch import Batch, batch_shardings, padded_shapes
-from tpmlp.checks import check_count
+from tpmlp.checks import check_count, check_dtype
 from tpmlp.model import param_shardings
 from tpmlp.objective import Objective
 
@@ -20,16 +20,12 @@ def step_shapes(objective: Objective, batch_size: int, dtype: Any = None) -> tup
         dtype: of the parameters, samples, values and weights; float32 by default.
 
     Raises:
-        ValueError: batch_size is not positive, dtype is not floating, or the loss is a user's,
-            whose targets have no known shape.
+        ValueError: batch_size is not positive, dtype is no type to train in, or the loss is a
+            user's, whose targets have no known shape.
     """
     placement = objective.placement
-    dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    dtype = jnp.dtype(check_dtype("dtype", jnp.float32 if dtype is None else dtype))
     check_count("batch_size", batch_size, "Give the samples of one step.")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(
-            f"dtype must be a floating type: got dtype={dtype}. Use for example 'float32'."
-        )
     shapes = padded_shapes(placement, objective.loss, batch_size)
     dtypes = Batch(dtype, jnp.int32 if objective.loss.targets == "labels" else dtype, dtype)
     placed = batch_shardings(placement, objective.loss)

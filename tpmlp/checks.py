@@ -52,6 +52,27 @@ def check_positive(name: str, value: Any, remedy: str) -> Any:
     return value
 
 
+# What one trains in. float16 would need its loss scaled.
+DTYPES = ("bfloat16", "float32", "float64")
+
+
+def check_dtype(name: str, dtype: Any) -> str:
+    """Return the name of a dtype, or refuse one that is no type to train in, or switched off."""
+    try:
+        meant = jnp.dtype(dtype).name
+    except TypeError:
+        meant = None
+    if meant not in DTYPES:
+        remedy = "'float32', or 'bfloat16', which has its range and so needs no loss scaling"
+        raise ValueError(f"{name} must be one of {DTYPES}: got {name}={dtype!r}. Use {remedy}.")
+    if meant == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ValueError(
+            f"{name}='float64' must have 64-bit types: got jax_enable_x64=False. Call "
+            "jax.config.update('jax_enable_x64', True) first, or use 'float32'."
+        )
+    return meant
+
+
 def check_length(name: str, array: Any, num_samples: int) -> None:
     """Refuse an array that has not one row for each sample."""
     if array.ndim == 0 or array.shape[0] != num_samples:

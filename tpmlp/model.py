@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tpmlp.activations import Activation, get_activation
-from tpmlp.checks import check_count
+from tpmlp.checks import check_count, check_dtype
 from tpmlp.draw import draw_layers
 from tpmlp.kernels.backprop import Chain
 from tpmlp.losses import get_loss
@@ -110,12 +110,7 @@ class MLP:
                 f"key must be a key of jax.random: got key={key!r}. Use jax.random.key({key!r})."
             )
         placement = place(self.widths, mesh, strategy)
-        dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
-        if not jnp.issubdtype(dtype, jnp.floating) or jax.dtypes.canonicalize_dtype(dtype) != dtype:
-            raise ValueError(
-                f"dtype must be a floating type that JAX has switched on: got dtype={dtype}. Use "
-                "float32 or bfloat16, or float64 with jax.config.update('jax_enable_x64', True)."
-            )
+        dtype = jnp.dtype(check_dtype("dtype", jnp.float32 if dtype is None else dtype))
         return _drawing(self, placement, dtype)(key)
 
     def summary(
@@ -160,7 +155,7 @@ class MLP:
             place(self.widths, mesh, strategy),
             bias=self.bias,
             batch_size=check_count("batch_size", batch_size, "Give the samples of one step."),
-            dtype=jnp.dtype(jnp.float32 if dtype is None else dtype).name,
+            dtype=check_dtype("dtype", jnp.float32 if dtype is None else dtype),
             loss=None if loss is None else get_loss(loss),
             penalty=isinstance(get_regularizer(regularizer), ElementwisePenalty),
         )

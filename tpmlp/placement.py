@@ -15,6 +15,7 @@ from itertools import pairwise
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tpmlp.checks import check_dtype
 from tpmlp.kernels.cost import layer_words
 from tpmlp.layout import padded, partition_spec
 from tpmlp.mesh import check_mesh
@@ -145,6 +146,10 @@ def place(widths: tuple[int, ...], mesh: Mesh, strategy: Strategy | None = None)
 def _checked(strategy: Strategy, mesh: Mesh) -> Strategy:
     """Return the strategy, or refuse what the mesh's platform cannot do."""
     platform = mesh.devices.flat[0].platform
+    for name in ("compute_dtype", "reduce_dtype"):
+        # Again: 64-bit types may have been switched off since the strategy was made.
+        if (dtype := getattr(strategy, name)) is not None:
+            check_dtype(name, dtype)
     if platform == "tpu" and "float64" in (strategy.compute_dtype, strategy.reduce_dtype):
         raise ValueError(
             "compute_dtype and reduce_dtype must be types that the devices have: got "

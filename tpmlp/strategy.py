@@ -3,18 +3,13 @@
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import jax
-import jax.numpy as jnp
-
-from tpmlp.checks import check_count
+from tpmlp.checks import check_count, check_dtype
 
 WORDS = ("column", "row")
 LAYOUTS = (*WORDS, "alternate", "auto")
 
 Keep = Literal["shard", "gathered", "recompute"]
 Overlap = Literal["none", "ring", "bidirectional_ring"]
-
-DTYPES = ("bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,12 +33,14 @@ class Strategy:
             by default.
         compute_dtype: "bfloat16", "float32" or "float64", the type of products, of gathers and of
             the z_l that are kept; the parameters' by default. Parameters and gradients keep their
-            own type; sums have it too, or the compute type where that is wider.
+            own type; sums have it too, or the compute type where that is wider: parameters in
+            bfloat16 are also summed in it, which many microbatches show.
         reduce_dtype: the type in which sums over devices move; the parameters' by default, or
             compute_dtype where that is wider.
         overlap: "none": collectives are XLA's. "ring": gathers and scatters are rings of ppermute
             with a part of the product at every hop, so that hops and products can overlap.
-            "bidirectional_ring": the same with half of the hops each way round.
+            "bidirectional_ring": the same with half of the hops each way round. Where no tensor
+            axis is larger than 1 there is nothing to overlap, and it changes nothing.
         shard_weights: whether parameters, gradients and optimiser states are split over the data
             axis as well, and gathered where they are used (ZeRO-3).
         microbatches: parts of the batch that run one after another, gradients added up. Activations
@@ -88,12 +85,15 @@ class Strategy:
         _check_choice("keep", self.keep, get_args(Keep))
         _check_choice("overlap", self.overlap, get_args(Overlap))
         for name in ("compute_dtype", "reduce_dtype"):
-            object.__setattr__(self, name, _dtype_name(name, getattr(self, name)))
+            if (dtype := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_dtype(name, dtype))
         if not isinstance(self.shard_weights, bool):
             raise ValueError(
-                f"shard_weights must be True or False: got shard_weights={self.shard_weights!r}."
+                f"shard_weights must be True or False: got shard_weights={self.shard_weights!r}. "
+                "Use True to split parameters over the data axis."
             )
-        object.__setattr__(self, "microbatches", check_count("microbatches", self.microbatches))
+        microbatches = check_count("microbatches", self.microbatches, "Use 1 to run all at once.")
+        object.__setattr__(self, "microbatches", microbatches)
         if self.keep_every is not None:
             object.__setattr__(self, "keep_every", check_count("keep_every", self.keep_every))
         if self.keep_every is not None and self.keep != "recompute":
@@ -112,24 +112,3 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(
             f"{name} must be one of {choices}: got {name}={value!r}. Use {name}={choices[0]!r}."
         )
-
-
-def _dtype_name(name: str, dtype: Any) -> str | None:
-    """Return the name of a dtype, or refuse one that is no type to train in."""
-    if dtype is None:
-        return None
-    try:
-        meant = jnp.dtype(dtype).name
-    except TypeError:
-        meant = None
-    if meant not in DTYPES:
-        raise ValueError(
-            f"{name} must be one of {DTYPES}: got {name}={dtype!r}. "
-            "Use 'bfloat16', which has float32's range and so needs no loss scaling."
-        )
-    if meant == "float64" and not jax.config.read("jax_enable_x64"):
-        raise ValueError(
-            f"{name}='float64' must have 64-bit types: got jax_enable_x64=False. Call "
-            "jax.config.update('jax_enable_x64', True) first, or use 'float32'."
-        )
-    return meant

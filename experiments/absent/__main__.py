@@ -21,12 +21,13 @@ Finding: (experiments/results/absent.json, libtpu 0.0.42.1) bytes are those pred
     v5p. Gathers stay apart everywhere. Temporaries of 64 layers, "gathered" against "shard": 8.3
     and 0.28 GiB on 64 H100, 8.1 and 0.26 on 64 v5p, 4.0 and 0.09 on 256 v6e: below one array a
     layer, as kept arrays lie in the memory of results to come. For that reason "recompute" saves
-    nothing where only gradients are wanted. Updating in place takes 1.1 GiB on v5p, 2.0 on H100,
-    where XLA puts all updates last, and holds every gradient. Rings overlap 55 of 56 hops on 8
-    H100, 50 on 8 v5p, in more memory than the plain step on H100 and less on v5p. Compiling missed
-    every target: 2.6 s (64 H100), 21 (64 v5p), 56 (256 v6e), 3.9 (CPU); of these tracing is 1 s.
-    libtpu 0.0.52 took a third of the processor time for the same programs, 28 s for 256 v6e, and
-    1.3 GiB of temporaries where 0.0.42.1 needs 0.26 on 64 v5p.
+    nothing where only gradients are wanted. They are 0.95 to 1.07 times the predicted for
+    "gathered" and for "shard" on 64 H100 and v5p, 0.53 to 1.95 elsewhere: off CPUs the prediction
+    is an estimate. Updating in place takes 1.3 GiB on v5p, 2.3 on H100, where XLA puts all updates
+    last, and holds every gradient. Rings overlap 55 of 56 hops on 8 H100, 50 on 8 v5p (both ways
+    round 52 and 47), in twice the memory of the plain step on H100, and half of it on v5p, but for
+    the bidirectional one. Compiling missed every target: 2.6 s (64 H100), 21 (64 v5p), 56 (256
+    v6e), 3.9 (CPU).
 """
 
 import json

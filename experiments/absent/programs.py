@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import tpmlp
 from experiments.absent.hardware import HARDWARE
 from tpmlp.inspection.audit import Audit
-from tpmlp.predict import step_collectives
+from tpmlp.kernels.cost import total_bytes
+from tpmlp.predict import step_collectives, step_temp_bytes
 from tpmlp.step import Step
 from tpmlp.strategy import Keep, Overlap
 
@@ -125,14 +126,15 @@ def measure(program: Program) -> Row:
         began, began_cpu = time.perf_counter(), time.process_time()
         compiled = compile_update(step, compiled)
     compile_s, compile_cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
-    audit = tpmlp.audit(compiled)
+    audit, expected = tpmlp.audit(compiled), predicted(step, program)
     return {
         **asdict(program),
         "kept_bytes": program.kept_bytes,
         "compile_s": compile_s,
         "compile_cpu_s": compile_cpu_s,
         **memory(audit),
-        **communication(audit, predicted(step, program)),
+        "temp_bytes_predicted": expected["temp_bytes"],
+        **communication(audit, expected),
     }
 
 
@@ -165,7 +167,7 @@ def compile_update(step: Step, compiled: jax.stages.Compiled) -> jax.stages.Comp
 
 
 def predicted(step: Step, program: Program) -> Row:
-    """Return how many of each collective, and how many bytes, tpmlp.predict expects."""
+    """Return what tpmlp.predict expects: of each collective how many, bytes moved, bytes held."""
     rows = step_collectives(
         step.objective.placement,
         bias=True,
@@ -177,7 +179,10 @@ def predicted(step: Step, program: Program) -> Row:
     for row in rows:
         hops = row.num_devices - 1 if row.kind == "ppermute" else 1
         counts[row.kind] += hops * row.times
-    return {"counts": dict(counts), "bytes": sum(row.bytes for row in rows)}
+    where, size = step.objective.placement, {"bias": True, "batch_size": program.batch}
+    is_step = program.result == "gradients"
+    temp_bytes = step_temp_bytes(where, **size, dtype=program.dtype) if is_step else None
+    return {"counts": dict(counts), "bytes": total_bytes(rows), "temp_bytes": temp_bytes}
 
 
 def memory(audit: Audit) -> Row:

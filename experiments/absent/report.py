@@ -23,8 +23,8 @@ def table(rows: Iterable[Row]) -> str:
         "compile s",
         "CPU s",
         "temp MiB",
+        "temp / predicted",
         "peak MiB",
-        "host MiB",
         "gathers",
         "written",
         "moved MiB",
@@ -36,9 +36,9 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def _cells(row: Row) -> tuple[object, ...]:
-    mebibytes = {
-        name: f"{row[name] / MEBIBYTE:.1f}" for name in row if name.split("_")[-1] == "bytes"
-    } | {"predicted": f"{row['bytes_predicted'] / MEBIBYTE:.1f}"}
+    mebibytes = {name: f"{row[name] / MEBIBYTE:.1f}" for name in row if name.endswith("bytes")} | {
+        "predicted": f"{row['bytes_predicted'] / MEBIBYTE:.1f}"
+    }
     target = f" (<= {row['target_s']:.0f})" if row["target_s"] else ""
     overlap = "" if row["overlap"] == "none" else f", {row['overlap']}"
     turned = f"{row['turned']} of {row['counts_predicted'].get('reduce_scatter', 0)}"
@@ -52,8 +52,8 @@ def _cells(row: Row) -> tuple[object, ...]:
         f"{row['compile_s']:.1f}{target}",
         f"{row['compile_cpu_s']:.1f}",
         mebibytes["temp_bytes"],
+        _temp_ratio(row),
         mebibytes["peak_bytes"],
-        mebibytes["host_temp_bytes"],
         row["counts"].get("all_gather", 0),
         row["counts_predicted"].get("all_gather", 0),
         mebibytes["bytes"],
@@ -61,6 +61,12 @@ def _cells(row: Row) -> tuple[object, ...]:
         turned if row["counts_predicted"].get("reduce_scatter") else "-",
         hops,
     )
+
+
+def _temp_ratio(row: Row) -> str:
+    """Return compiled over predicted; an update and a ring have no prediction."""
+    predicted = row["temp_bytes_predicted"]
+    return f"{row['temp_bytes'] / predicted:.2f}" if predicted else "-"
 
 
 def plot(rows: Sequence[Row]) -> Figure:

@@ -9,7 +9,7 @@ Method: simulated devices in one process. All programs of a size are compiled, w
     for memory. The products alone are run as well: time that no program on these devices can save.
 Command: make bench, or make bench BENCH_ARGS="--sizes 1024x8x128 --devices 8"; `--help` explains.
 Prediction: the targets in experiments/bench/targets.py, drawn in the figure.
-Finding: see README.md, What is measured so far.
+Finding: see README.md, Against automatic partitioning.
 """
 
 import json

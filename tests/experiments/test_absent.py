@@ -4,6 +4,8 @@ On CPU devices, which are there; the compilers for others are not installed with
 """
 
 import json
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +69,45 @@ def test_the_program_writes_its_record_and_draws_it(tmp_path, capsys, monkeypatc
     assert [row["keep"] for row in record["rows"]] == ["shard", "gathered"]
     assert record["versions"]["jax"]
     assert (tmp_path / "absent.png").read_bytes().startswith(b"\x89PNG")
+
+
+RECORD = json.loads((Path(absent.__file__).parents[1] / "results" / "absent.json").read_text())
+
+
+def kept(name, layers, **others):
+    """Return the one row of the kept record that is described."""
+    wanted = {"hardware": name, "layers": layers, "keep": "shard", "result": "gradients"}
+    wanted = {**wanted, "overlap": "none", "dtype": "bfloat16", **others}
+    (row,) = (r for r in RECORD["rows"] if wanted.items() <= r.items())
+    return row
+
+
+def test_the_kept_record_has_every_program_and_the_bytes_that_were_predicted():
+    assert {
+        Program(**{f.name: row[f.name] for f in fields(Program)}) for row in RECORD["rows"]
+    } == {*programs(tuple(hardware.HARDWARE), (16, 64))}
+    for row in RECORD["rows"]:
+        as_written = row["turned"] == 0 or row["overlap"] != "none"
+        assert (row["bytes"] == row["bytes_predicted"]) == as_written
+    turned = {(r["hardware"], r["keep"]) for r in RECORD["rows"] if r["turned"] > 0}
+    assert turned == {("256 v6e", "recompute"), ("8 v5p", "shard")}
+
+
+@pytest.mark.parametrize("name", ["64 H100", "64 v5p", "256 v6e"])
+def test_gathers_stay_apart_in_the_kept_record(name):
+    gathered, shard = kept(name, 64, keep="gathered"), kept(name, 64)
+    assert shard["counts"]["all_gather"] == 3 * 64
+    assert gathered["counts"]["all_gather"] == 2 * 64
+    # The second gather is a saving of nearly one gathered array a layer.
+    assert shard["temp_bytes"] < 0.1 * gathered["temp_bytes"]
+
+
+@pytest.mark.parametrize(("name", "least"), [("8 H100", 52), ("8 v5p", 47)])
+@pytest.mark.parametrize("overlap", ["ring", "bidirectional_ring"])
+def test_hops_of_rings_overlap_products_in_the_kept_record(name, least, overlap):
+    row = kept(name, 4, overlap=overlap)
+    assert row["permutes"] == 56
+    assert row["permutes_overlapping"] >= least
 
 
 def test_a_compiler_that_is_missing_is_named(capsys, monkeypatch):

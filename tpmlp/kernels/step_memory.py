@@ -33,6 +33,11 @@ class StepTape:
     moves_bits: bool
     tape: Tape = field(default_factory=Tape)
 
+    @property
+    def widened(self) -> bool:
+        """Whether sums over devices move in a wider type than the strategy's, on CPUs."""
+        return self.types.hop < self.types.reduce
+
     def run(self) -> Tape:
         """Tell forward, loss and backward, of one microbatch where there are several."""
         totals = [] if self.types.microbatches == 1 else self.totals()
@@ -68,7 +73,12 @@ class StepTape:
         W = self.weight(shape, h_all)
         z = self.product(f"z_{l}", shape.z, shape.output, shape.size("s"), h_all, W)
         kept_bytes = types.compute if l < len(self.shapes) else types.param
-        if kept_bytes != (types.reduce if shape.size("s") > 1 else types.total):
+        has_bytes = types.total if shape.size("s") == 1 else types.reduce
+        if self.widened and shape.size("s") > 1:
+            # The sum is kept in its own type, and the bias added where z is used.
+            has_bytes = min(kept_bytes, types.hop)
+            z = make(f"z_{l} rounded", shape.output * has_bytes, z)
+        if kept_bytes != has_bytes and not self.widened:
             z = make(f"z_{l} kept", shape.output * kept_bytes, z)
         return z, h_all
 
