@@ -195,14 +195,14 @@ MUTANTS = {
     ),
     "only the last microbatch": Mutant(
         "kernels/objective.py",
-        "return jax.tree.map(jnp.add, carry, (sums, grads)), None",
-        "return (sums, grads), None",
+        "return jax.tree.map(jnp.add, carry, one_pass(*part, splits)), None",
+        "return one_pass(*part, splits), None",
         f"{STRATEGIES}[{SPLIT}-dW_1]",
     ),
     "each microbatch divided by its own weight": Mutant(
         "kernels/objective.py",
-        "layers, x, y, weight, total, chain=chain, loss=loss, reduce=splits",
-        "layers, x, y, weight, _total_weight(weight, chain), chain=chain, loss=loss, reduce=splits",
+        "layers, x, y, weight, total, chain=chain, loss=loss, reduce=reduce",
+        "layers, x, y, weight, total_weight(weight, chain), chain=chain, loss=loss, reduce=reduce",
         f"{STRATEGIES}[{SPLIT}-dW_3]",
     ),
     "layers computed again by those before them": Mutant(

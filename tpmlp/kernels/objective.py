@@ -8,6 +8,7 @@ is added to dW after dW has been summed over the data axis: it belongs to the ob
 once a shard.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -66,8 +67,8 @@ def value(
         loss: the loss.
     """
     z = backprop.forward(layers, x, chain).z[-1]
-    sums = _sums(per_sample(z, y, chain, loss), weight, chain)
-    return _value(sums, _total_weight(weight, chain), chain, loss)
+    sums = sums_of(per_sample(z, y, chain, loss), weight, chain)
+    return _value(sums, total_weight(weight, chain), chain, loss)
 
 
 def value_and_grad(
@@ -81,7 +82,7 @@ def value_and_grad(
     penalty: ElementwisePenalty | None,
 ) -> Pass:
     """Compute the loss of a batch and its gradient; arguments as in `value`."""
-    total = _total_weight(weight, chain)
+    total = total_weight(weight, chain)
     sums, grads, z, g = _one_pass(layers, x, y, weight, total, chain=chain, loss=loss)
     return Pass(_value(sums, total, chain, loss), _finished(layers, grads, penalty), z, g)
 
@@ -101,20 +102,40 @@ def accumulate(
     Gradients cross the data axis once, after the last microbatch; where data splits the weights
     they are reduced at each, since whole ones are what must not be held.
     """
+    total = total_weight(weight, chain)
+
+    def one_pass(x: Any, y: Any, weight: Any, reduce: bool) -> tuple[jax.Array, Layers]:
+        sums, grads, *_ = _one_pass(
+            layers, x, y, weight, total, chain=chain, loss=loss, reduce=reduce
+        )
+        return sums, grads
+
+    sums, grads = sum_parts(one_pass, layers, (x, y, weight), chain)
+    return _value(sums, total, chain, loss), _finished(layers, grads, penalty)
+
+
+def sum_parts(
+    one_pass: Callable[..., tuple[jax.Array, Layers]], layers: Layers, samples: Any, chain: Chain
+) -> tuple[jax.Array, Layers]:
+    """Add up what a pass computes of the samples, in as many microbatches as the strategy says.
+
+    Args:
+        one_pass: (x, y, weight, reduce) -> (sums "K +d" with K = 2, gradients); `reduce` says
+            whether the gradients are summed over the data axis there.
+        layers: local blocks of ((W_1, b_1), ...).
+        samples: (x, y, weight).
+        chain: placement and activation.
+    """
     num_parts, splits = chain.placement.strategy.microbatches, chain.placement.splits_data
-    total = _total_weight(weight, chain)
+    if num_parts == 1:
+        return one_pass(*samples, True)
 
     def add(carry: Any, part: Any) -> tuple[Any, None]:
-        x, y, weight = part
-        sums, grads, *_ = _one_pass(
-            layers, x, y, weight, total, chain=chain, loss=loss, reduce=splits
-        )
-        return jax.tree.map(jnp.add, carry, (sums, grads)), None
+        return jax.tree.map(jnp.add, carry, one_pass(*part, splits)), None
 
-    parts = jax.tree.map(lambda a: a.reshape(num_parts, -1, *a.shape[1:]), (x, y, weight))
+    parts = jax.tree.map(lambda a: a.reshape(num_parts, -1, *a.shape[1:]), samples)
     (sums, grads), _ = lax.scan(add, no_samples(layers, chain), parts)
-    grads = grads if splits else backprop.reduce_gradients(grads, chain)
-    return _value(sums, total, chain, loss), _finished(layers, grads, penalty)
+    return sums, grads if splits else backprop.reduce_gradients(grads, chain)
 
 
 def penalty_value(layers: Layers, chain: Chain, penalty: ElementwisePenalty) -> jax.Array:
@@ -136,14 +157,21 @@ def _one_pass(
     loss: Loss,
     reduce: bool = True,
 ) -> tuple[jax.Array, Layers, list[jax.Array], list[jax.Array]]:
-    """Return this device's sums (`_sums`), gradients, z and g of samples with a total weight."""
+    """Return this device's sums (`sums_of`), gradients, z and g of samples with a total weight."""
     passed = backprop.forward(layers, x, chain)
-    sample = per_sample(passed.z[-1], y, chain, loss)
-    scale = weight / total if loss.reduction == "mean" else weight
-    g = jnp.where(weight[None] != 0, sample.gradient * scale[None], 0)
+    sample, g = at_outputs(passed.z[-1], y, weight, total, chain, loss)
     kept = backprop.keep(passed, chain)
     result = backprop.backward(layers, x, kept, g, chain, reduce=reduce)
-    return _sums(sample, weight, chain), result.grads, passed.z, result.g
+    return sums_of(sample, weight, chain), result.grads, passed.z, result.g
+
+
+def at_outputs(
+    z: jax.Array, y: Any, weight: jax.Array, total: jax.Array, chain: Chain, loss: Loss
+) -> tuple[PerSample, jax.Array]:
+    """Return what the loss says of z_{L+1}, and g_{L+1}, for samples with a total weight."""
+    sample = per_sample(z, y, chain, loss)
+    scale = weight / total if loss.reduction == "mean" else weight
+    return sample, jnp.where(weight[None] != 0, sample.gradient * scale[None], 0)
 
 
 def per_sample(z: jax.Array, y: Any, chain: Chain, loss: Loss) -> PerSample:
@@ -154,12 +182,13 @@ def per_sample(z: jax.Array, y: Any, chain: Chain, loss: Loss) -> PerSample:
     return loss.per_sample(z, y, Head(num_outputs=chain.placement.widths[-1], axes=axes))
 
 
-def _total_weight(weight: jax.Array, chain: Chain) -> jax.Array:
+def total_weight(weight: jax.Array, chain: Chain) -> jax.Array:
+    """Return the sum of the weights of all samples, from those of this device's."""
     axes = chain.placement.axes[-1]
     return all_reduce("+d -> ", einsum("B/d -> +d", weight, **axes), **axes)
 
 
-def _sums(sample: PerSample, weight: jax.Array, chain: Chain) -> jax.Array:
+def sums_of(sample: PerSample, weight: jax.Array, chain: Chain) -> jax.Array:
     """Return the weighted sums of loss and correct over this device's samples, "K +d"."""
     correct = jnp.full_like(sample.loss, jnp.nan) if sample.correct is None else sample.correct
     terms = [jnp.where(weight != 0, weight * term, 0) for term in (sample.loss, correct)]
