@@ -4,6 +4,8 @@ A failure in the first tests is in the formula of that activation. A failure in 
 alone is in how the kernel uses it: the mask on padding rows, where sigma(0) is not 0.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from tests.cases import FEW_PLACEMENTS, Problem, error_of, name_of, relative_error
 from tests.tolerances import AUTODIFF, ELEMENTWISE, FLOAT64
 from tpmlp import reference
-from tpmlp.activations import ACTIVATIONS, Activation, get_activation
+from tpmlp.activations import ACTIVATIONS, Activation, activate, get_activation
 
 # No 0: there relu has no derivative.
 Z = np.concatenate([np.linspace(-30, 30, 1000), [1e-8, -1e-8]])
@@ -57,6 +59,13 @@ def test_an_activation_keeps_the_dtype(name):
 
 def test_relu_has_derivative_zero_at_zero():
     assert float(ACTIVATIONS["relu"].sigma_prime(jnp.zeros(()))) == 0.0
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_tangent_of_sigma_is_sigma_prime_at_a_kink_too(name):
+    z = jnp.asarray(np.append(Z, 0.0))
+    _, tangent = jax.jvp(partial(activate, ACTIVATIONS[name]), (z,), (jnp.full_like(z, 3.0),))
+    assert relative_error(tangent, 3 * ACTIVATIONS[name].sigma_prime(z)) <= ELEMENTWISE
 
 
 def shifted_sine(z):

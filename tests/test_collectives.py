@@ -29,6 +29,7 @@ from tpmlp.collectives import (
     block_index,
     einsum,
     reduce_scatter,
+    shift,
 )
 from tpmlp.layout import LayoutError
 
@@ -234,3 +235,27 @@ def test_nothing_goes_round_the_checked_operations(path):
         if path.name != "mesh.py":
             makes_mesh = name in ("Mesh", "AbstractMesh") or (owner, name) == ("jax", "make_mesh")
             assert not makes_mesh, f"{where} makes a mesh"
+        if path.name != "xla.py":
+            assert name != "bitcast_convert_type", f"{where} loses the tangent: use xla.on_bits"
+
+
+TANGENTS: dict[str, tuple[Callable[..., Any], PartitionSpec]] = {
+    "all_gather": (lambda x: all_gather("N/a B -> N B", x, a="x"), PartitionSpec()),
+    "shift": (lambda x: shift("N/a B", x, "a", 1, a="x"), PartitionSpec("x")),
+    "reduce_scatter": (
+        lambda x: reduce_scatter("N B +a -> N/a B", x, a="x"),
+        PartitionSpec("x"),
+    ),
+    "all_reduce": (lambda x: all_reduce("N B +a -> N B", x, a="x"), PartitionSpec()),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("name", TANGENTS)
+def test_a_tangent_goes_the_way_of_its_array(name, dtype):
+    operation, out = TANGENTS[name]
+    mesh = mesh_of((1, 4, 1))
+    run = jax.shard_map(operation, mesh=mesh, in_specs=PartitionSpec("x"), out_specs=out)
+    x = jnp.arange(32.0).reshape(16, 2).astype(dtype)
+    _, tangent = jax.jit(lambda x, dx: jax.jvp(run, (x,), (dx,)))(x, x + 1)
+    np.testing.assert_array_equal(tangent, run(x + 1))

@@ -175,7 +175,7 @@ MUTANTS = {
     ),
     "hops in twice the bytes": Mutant(
         "collectives.py",
-        "lax.ppermute(_moved(x), axes[role], pairs)",
+        "_moved(lambda x: lax.ppermute(x, axes[role], pairs), x)",
         "lax.ppermute(x, axes[role], pairs)",
         f"{FIELDS}::test_sums_of_bfloat16_are_hops_of_bfloat16",
     ),

@@ -82,3 +82,24 @@ def test_every_layer_of_the_backward_pass_waits_at_a_barrier():
     params, batch = step_shapes(step.objective, 12)
     text = step.lower(params, *batch).as_text()
     assert text.count("stablehlo.optimization_barrier") >= MODEL.num_layers
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
+def test_what_is_moved_as_bits_takes_its_tangent_along(dtype):
+    x = jnp.arange(6, dtype=dtype).reshape(2, 3)
+    moved, tangent = jax.jvp(lambda x: xla.on_bits(jnp.transpose, x), (x,), (x + 1,))
+    np.testing.assert_array_equal(moved, x.T)
+    np.testing.assert_array_equal(tangent, x.T + 1)
+
+
+def test_a_product_with_a_written_transpose_has_the_tangent_of_a_product():
+    mesh = tpmlp.make_mesh(devices=jax.devices()[:1])
+    a, b = jnp.arange(40.0).reshape(5, 8), jnp.ones((5, 3))
+    run = jax.shard_map(
+        lambda a: xla.product("ab,ac->bc", a, b, None),
+        mesh=mesh,
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec(),
+    )
+    assert "bitcast_convert" in jax.jit(run).lower(a).as_text()
+    np.testing.assert_array_equal(jax.jvp(run, (a,), (a + 1,))[1], (a + 1).T @ b)

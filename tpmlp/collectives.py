@@ -11,6 +11,7 @@ axis, or claims one, is refused before anything runs. The keywords bind roles to
 A collective over an axis of size 1 is nothing, and nothing is what is emitted.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -63,8 +64,7 @@ def all_gather(signature: str, x: jax.Array, **axes: str) -> jax.Array:
         return x
     # "invarying" makes the result provably equal on all devices of the axis, which later
     # signatures rely on; the plain all_gather leaves the value marked as device-dependent.
-    whole = lax.all_gather(_moved(x), names, axis=dim, tiled=True, to="invarying")
-    return lax.bitcast_convert_type(whole, x.dtype)
+    return _moved(lambda x: lax.all_gather(x, names, axis=dim, tiled=True, to="invarying"), x)
 
 
 def reduce_scatter(signature: str, x: jax.Array, **axes: str) -> jax.Array:
@@ -112,7 +112,11 @@ def all_reduce(signature: str, x: jax.Array, **axes: str) -> jax.Array:
 
 
 def all_reduce_max(signature: str, x: jax.Array, **axes: str) -> jax.Array:
-    """Take the maximum over axes; as `all_reduce`, with +d read as a partial maximum over d."""
+    """Take the maximum over axes; as `all_reduce`, with +d read as a partial maximum over d.
+
+    It has no derivative: where the maximum is a shift that cancels, as a softmax's is, hand it
+    over through lax.stop_gradient.
+    """
     names = _reduced_axes(signature, x, axes)
     return lax.pmax(x, names) if names else x
 
@@ -135,7 +139,7 @@ def shift(layout: str, x: jax.Array, role: str, by: int, **axes: str) -> jax.Arr
     _check_operand(parse_signature(f"{layout} -> {layout}"), parse_layout(layout), x, axes)
     size = xla.axis_size(axes[role])
     pairs = [((i + by) % size, i) for i in range(size)]
-    return lax.bitcast_convert_type(lax.ppermute(_moved(x), axes[role], pairs), x.dtype)
+    return _moved(lambda x: lax.ppermute(x, axes[role], pairs), x)
 
 
 def einsum(signature: str, *operands: jax.Array, dtype: Any = None, **axes: str) -> jax.Array:
@@ -203,10 +207,10 @@ def block_index(dim: str, **axes: str) -> jax.Array | int:
     return index
 
 
-def _moved(x: jax.Array) -> jax.Array:
-    """Return what to move: bits, where XLA's CPU collectives would widen bfloat16 to float32."""
+def _moved(move: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Return move(x), as bits where XLA's CPU collectives would widen bfloat16 to float32."""
     as_bits = x.dtype == jnp.bfloat16 and xla.on_cpu()
-    return lax.bitcast_convert_type(x, jnp.uint16) if as_bits else x
+    return xla.on_bits(move, x) if as_bits else move(x)
 
 
 def _reduced_axes(signature: str, x: jax.Array, axes: dict[str, str]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ h_l, a converted copy of W_l that is made anew at each use. Every such order is 
 tpmlp.audit shows in the compiled program that it was obeyed.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -111,6 +112,26 @@ def _written_transpose(a: jax.Array) -> jax.Array:
     factor = next((n for n in (8, 4, 2, 3, 5, 7) if columns % n == 0 and columns > n), None)
     if factor is None:
         return a.T
-    bits = lax.bitcast_convert_type(a, jnp.dtype(f"uint{8 * a.dtype.itemsize}"))
-    bits = bits.reshape(rows, factor, columns // factor).transpose(1, 2, 0)
-    return lax.bitcast_convert_type(bits, a.dtype).reshape(columns, rows)
+    parts = a.reshape(rows, factor, columns // factor)
+    return _reversed_bits(parts).reshape(columns, rows)
+
+
+def on_bits(move: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Return move(x), which only moves elements, done to integers of the same bits.
+
+    To JAX an integer has no derivative: a tangent would become 0, without a word. What moves
+    elements moves tangents alike.
+    """
+
+    @jax.custom_jvp
+    def moved(x: jax.Array) -> jax.Array:
+        bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+        return lax.bitcast_convert_type(move(bits), x.dtype)
+
+    moved.defjvp(lambda x, dx: (moved(*x), moved(*dx)))
+    return moved(x)
+
+
+@jax.jit  # Traced once for all layers of a shape: a derivative of one's own takes 1 ms to trace.
+def _reversed_bits(parts: jax.Array) -> jax.Array:
+    return on_bits(lambda bits: bits.transpose(1, 2, 0), parts)

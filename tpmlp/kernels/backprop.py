@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tpmlp.activations import Activation
+from tpmlp.activations import Activation, activate
 from tpmlp.collectives import block_index, transpose
 from tpmlp.kernels import dense, ring
 from tpmlp.kernels.execution import Execution, execution
@@ -165,7 +165,7 @@ def reduce_gradients(grads: Layers, chain: Chain) -> Layers:
 
 def sigma(z: jax.Array, layer: int, chain: Chain) -> jax.Array:
     """Compute h_{l+1} from z_l. Padding rows stay 0, whatever the activation makes of 0."""
-    h = chain.activation.sigma(z)
+    h = activate(chain.activation, z)
     return h if chain.activation.fixes_zero else _mask(h, layer, chain)
 
 
