@@ -475,6 +475,75 @@ GRADIENTS: dict[str, Case] = {
 }
 
 
+def hessian(params: Any = PARAMS, v: Any = PARAMS, x: Any = X, y: Any = VALUES, **more: Any):
+    """Ask for H v."""
+    arguments = {"loss": "mse", "mesh": MESH, **more}
+    return api.hessian_vector_product(MODEL, params, v, x, y, **arguments)
+
+
+def without_jvp(z: Any) -> Any:
+    """Compute what has a gradient, but no second derivative."""
+
+    @jax.custom_vjp
+    def square(z: Any) -> Any:
+        return z * z
+
+    square.defvjp(lambda z: (square(z), z), lambda z, g: (2 * square(z) / z * g,))
+    return square(z)
+
+
+def single() -> Any:
+    """Return parameters in float32, without a program to convert them."""
+    arrays = [tuple(a.astype(np.float32) for a in layer) for layer in NUMBERS]
+    return api.from_numpy(MODEL, arrays, MESH)
+
+
+CURVATURES: dict[str, Case] = {
+    "v of another mesh": (
+        lambda: hessian(v=api.from_numpy(MODEL, NUMBERS, mesh_of((1, 2, 2)))),
+        ("v must", "W_1", "'data': 1", "reshard"),
+    ),
+    "v of NumPy arrays": (lambda: hessian(v=NUMBERS), ("v must", "W_1", "ndarray", "from_numpy")),
+    "one array for v": (lambda: hessian(v=PARAMS[0][0]), ("v must", "num_layers=2")),
+    "dtype of v": (
+        lambda: hessian(v=single()),
+        ("v must", "float32", "float64", "astype"),
+    ),
+    "v for params": (lambda: hessian(params=None), ("params must", "NoneType")),
+    "labels": (
+        lambda: hessian(loss="cross_entropy", y=changed(LABELS, 3, 5)),
+        ("y", "0 .. 4", "5 in row 3"),
+    ),
+    "weight": (lambda: hessian(weight=-np.ones(4)), ("weight", "-1.0", "row 0")),
+    "sigma' without a derivative": (
+        lambda: api.hessian_vector_product(
+            api.MLP((3, 8, 5), (jnp.square, without_jvp)),
+            PARAMS,
+            PARAMS,
+            X,
+            VALUES,
+            loss="mse",
+            mesh=MESH,
+        ),
+        ("activation 'square'", "sigma'", "custom_vjp", "jax.custom_jvp"),
+    ),
+    "loss without a second derivative": (
+        lambda: hessian(loss=lambda z, y: jnp.sum(without_jvp(z - y))),
+        ("loss '<lambda>'", "custom_vjp", "jax.numpy"),
+    ),
+    "regularizer without a second derivative": (
+        lambda: hessian(regularizer=lambda layers: jnp.sum(without_jvp(layers[0][0]))),
+        ("regularizer", "custom_vjp", "jax.numpy"),
+    ),
+    "Gauss-Newton of another v": (
+        lambda: api.gauss_newton_vector_product(
+            MODEL, PARAMS, PARAMS[:1], X, VALUES, loss="mse", mesh=MESH
+        ),
+        ("v must", "num_layers=2", "1 layers"),
+    ),
+}
+
+
 def _other_layout() -> tuple[str, ...]:
     """Return the legal layout that "auto" did not choose."""
     chosen = api.value_and_grad(MODEL, loss="mse", mesh=MESH).objective.placement.words
@@ -492,6 +561,7 @@ CASES = {
         "params:": PARAMETERS,
         "strategy:": STRATEGIES,
         "gradients:": GRADIENTS,
+        "curvature:": CURVATURES,
     }.items()
     for name, case in cases.items()
 }

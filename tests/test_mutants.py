@@ -36,6 +36,8 @@ class Mutant:
 BACKPROP = "tests/kernels/test_backprop.py"
 RECURSION = f"{BACKPROP}::test_float64_tensor_equals_the_reference_and_is_zero_where_padded"
 INTEGERS = f"{BACKPROP}::test_integer_tensor_equals_the_reference_bit_for_bit"
+CURVATURE = "tests/inspection/test_curvature.py"
+PRODUCT = f"{CURVATURE}::test_a_product_under_a_strategy_with_another_objective_is_jaxs"
 STRATEGIES = (
     "tests/test_strategies.py::test_a_strategy_is_the_reference_and_moves_what_is_predicted"
 )
@@ -242,6 +244,24 @@ MUTANTS = {
         "in lines:",
         "tests/inspection/hlo/test_programs.py::"
         "test_each_collective_is_found_once_with_what_runs_meanwhile[tpu_ring]",
+    ),
+    "a tangent dropped where bits move": Mutant(
+        "xla.py",
+        "moved.defjvp(lambda x, dx: (moved(*x), moved(*dx)))",
+        "moved.defjvp(lambda x, dx: (moved(*x), jnp.zeros_like(moved(*dx))))",
+        f"{PRODUCT}[ring, recompute-hessian]",
+    ),
+    "R's Hessian forgotten": Mutant(
+        "inspection/curvature.py",
+        "    if objective.regularizer is None:\n        return product\n",
+        "    if objective.regularizer is not objective:\n        return product\n",
+        f"{PRODUCT}[ring, gathered, split-gauss_newton]",
+    ),
+    "the loss's Hessian without the weights of samples": Mutant(
+        "kernels/curvature.py",
+        "at_outputs(z, y, weight, total, chain, loss)",
+        "at_outputs(z, y, jax.numpy.ones_like(weight), total, chain, loss)",
+        f"{PRODUCT}[split, microbatches-gauss_newton]",
     ),
     "blocks gathered from the wrong axis": Mutant(
         "placement.py",

@@ -22,3 +22,8 @@ BFLOAT16_ROUNDOFF = 1.01 * 2**-8
 # A sum in float32 of 30 products, relative to the sum of their magnitudes: 30 * 2^-24. sigma and
 # the like add a formula's ten ulp of 2^-23, to numbers that are not larger.
 FLOAT32_SUM = 30 * 2**-24 + 10 * 2**-23
+
+# A central difference of gradients, a step of 1e-4 either way along v, against the derivative along
+# v. It errs by 1e-8 / 6 of the third derivative, for functions of this size a hundred times the
+# second at most, and by the rounding of gradients, FLOAT64 / 1e-4 relative to them.
+CENTRAL_DIFFERENCE = 1e-6

@@ -5,6 +5,7 @@ from tpmlp.exchange.fingerprint import parameter_hash
 from tpmlp.exchange.npz import load_npz, save_npz
 from tpmlp.exchange.safetensors import load_safetensors, save_safetensors
 from tpmlp.inspection.audit import Audit, audit
+from tpmlp.inspection.curvature import gauss_newton_vector_product, hessian_vector_product
 from tpmlp.inspection.per_example import (
     ClippedSum,
     NoiseScale,
@@ -50,8 +51,10 @@ __all__ = [
     "evaluate",
     "fit",
     "from_numpy",
+    "gauss_newton_vector_product",
     "global_norm",
     "gradient_noise_scale",
+    "hessian_vector_product",
     "l1",
     "l2",
     "load_npz",

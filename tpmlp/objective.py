@@ -66,7 +66,7 @@ class Objective:
             return kernel.value(layers, x, y, weight, chain=self.chain, loss=self.loss)
 
         value = self.map(body, PartitionSpec())(params, batch)
-        return Evaluated(value.loss, self._penalty(params), value.correct)
+        return Evaluated(value.loss, self.penalty(params), value.correct)
 
     def value_and_grad(self, params: Params, batch: Batch) -> tuple[Evaluated, Params]:
         """Compute the scalars of a batch, and the gradient of loss + R."""
@@ -75,7 +75,7 @@ class Objective:
             penalty, dR = jax.value_and_grad(partial(self._user_penalty, self.regularizer))(params)
             grads = jax.tree.map(jnp.add, grads, dR)
         else:
-            penalty = self._penalty(params)
+            penalty = self.penalty(params)
         return Evaluated(value.loss, penalty, value.correct), grads
 
     def gradients(self, *blocks: Any) -> tuple[kernel.Value, Any]:
@@ -144,7 +144,8 @@ class Objective:
         """PartitionSpecs in the structure of the parameters."""
         return jax.tree.map(lambda s: s.spec, param_shardings(self.model, self.placement))
 
-    def _penalty(self, params: Params) -> jax.Array:
+    def penalty(self, params: Params) -> jax.Array:
+        """Compute R(W)."""
         regularizer = self.regularizer
         if isinstance(regularizer, UserPenalty):
             return self._user_penalty(regularizer, params)

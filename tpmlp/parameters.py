@@ -120,6 +120,22 @@ def logical_layers(model: MLP, params: Params) -> Params:
     )
 
 
+def clear_padding(model: MLP, params: Params) -> Params:
+    """Return traced or placed parameters with 0 for whatever their padding holds."""
+
+    def clear(array: jax.Array, logical: tuple[int, ...]) -> jax.Array:
+        for dim, width in enumerate(logical):
+            if width < array.shape[dim]:
+                index = jax.lax.broadcasted_iota(jnp.int32, array.shape, dim)
+                array = jnp.where(index < width, array, 0)
+        return array
+
+    return tuple(
+        (clear(W, logical), None if b is None else clear(b, logical[:1]))
+        for (W, b), logical in zip(params, model.layer_shapes, strict=True)
+    )
+
+
 def check_structure(model: MLP, params: Any) -> None:
     """Refuse what is not one (W, b) a layer, with biases where the model has them."""
     pairs = isinstance(params, tuple | list) and all(
