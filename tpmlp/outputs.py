@@ -26,8 +26,14 @@ def apply(
 ) -> jax.Array:
     """Return the outputs h(W, x) at logical width.
 
-    Differentiable by jax.grad, in params and in x: the derivative is the explicit backward pass,
-    not a derivative of the forward pass.
+    Differentiable by jax.grad and jax.vjp, in params and in x: the derivative is the explicit
+    backward pass, not a derivative of the forward pass. It works inside a program of the user's,
+    under jax.jit or in a module of flax or equinox (experiments/examples), and gradients are
+    placed as the parameters.
+
+    jax.jvp refuses it, as it does any function with a reverse derivative of its own. Curvature
+    along a direction is tpmlp.hessian_vector_product or gauss_newton_vector_product; for a loss
+    of the user's own, jax.jvp of jax.grad of that loss, which goes through.
 
     Args:
         model: the MLP.
@@ -42,6 +48,16 @@ def apply(
     Raises:
         ValueError: parameters of another model, mesh or layout; x of a wrong shape or dtype, or
             with a NaN or an infinity.
+
+    Examples:
+        >>> import jax, numpy as np, tpmlp
+        >>> mesh = tpmlp.make_mesh(x=4, y=2)
+        >>> mlp = tpmlp.MLP((3, 10))
+        >>> params = mlp.init(jax.random.key(0), mesh)
+        >>> x = np.ones((30, 3), np.float32)
+        >>> grads = jax.grad(lambda params: apply(mlp, params, x, mesh=mesh).sum())(params)
+        >>> tpmlp.to_numpy(mlp, grads)[0][1]  # db: every sample counts once
+        array([30., 30., 30., 30., 30., 30., 30., 30., 30., 30.], dtype=float32)
     """
     check_model(model)
     chain = chain_of(model, mesh, strategy)
