@@ -100,7 +100,8 @@ PLANTED = [
 ]  # fmt: skip
 
 # What verify's step has none of: R, microbatches, a weight of 0, smoothing, split weights that are
-# moved too often, traffic and order (which are for the audit to find), draws, the audit itself.
+# moved too often, traffic and order (which are for the audit to find), draws, the audit itself,
+# norms and gradients of single samples, curvature.
 
 NOT_IN_THE_STEP = {
     "an order that accelerators are not given",
@@ -115,6 +116,13 @@ NOT_IN_THE_STEP = {
     "only the last microbatch",
     "each microbatch divided by its own weight",
     "products before a start counted as meanwhile",
+    "norms of samples times their weights",
+    "biases left out of the norms of samples",
+    "one factor for the batch, that of its longest gradient",
+    "copies of a gradient counted in its norm",
+    "a tangent dropped where bits move",
+    "R's Hessian forgotten",
+    "the loss's Hessian without the weights of samples",
 }
 # JAX refuses these while it traces: there is no report.
 REFUSED = {"a dropped reduction over data"}
