@@ -46,7 +46,8 @@ def plot_ratios(
         _targets(axes, places, bounds)
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_ylabel(label)
-        axes.set_ylim(bottom=0)
+        # Room above for the name of a target.
+        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
         axes.grid(axis="y", alpha=0.3)
     figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     memory.set_xticks(

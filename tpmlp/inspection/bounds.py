@@ -57,15 +57,11 @@ class Operation:
     bound: np.ndarray
     has_samples: bool = False
 
-    @property
-    def worst(self) -> float:
-        """The largest error as a multiple of its bound; more than 1 is not rounding."""
-        return max(self.by_device().values())
-
     def by_device(self) -> dict[int, float]:
         """Return the largest error on each device of this process, by the device's id.
 
-        A device that holds nothing but padding is left out, unless that is wrong.
+        As a multiple of its bound: more than 1 is not rounding. A device that holds nothing but
+        padding is left out, unless that is wrong.
         """
         shape = self.computed.shape
         if self.has_samples:

@@ -14,6 +14,7 @@ explain is named: its tensor, layer and phase, and the devices on which it is wr
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import starmap
 from typing import Any, Literal
 
 import jax
@@ -183,9 +184,9 @@ def verify(
     if kind == "integers":
         _check_exact(model, meant, data, execution(placement, data.x.dtype))
     run, pairs = _run(model, mesh, strategy, meant, data)
-    found = {op.tensor: op for op in _operations(model, placement, run, data, meant)}
+    found = [(op, op.by_device()) for op in _operations(model, placement, run, data, meant)]
     if kind == "float32":
-        errors, bound = {tensor: op.worst for tensor, op in found.items()}, 1.0
+        errors, bound = {op.tensor: max(worst.values()) for op, worst in found}, 1.0
     elif kind == "integers":
         errors, bound = {name: np.abs(a - b).max() for name, (a, b) in pairs.items()}, 0.0
     else:
@@ -199,7 +200,7 @@ def verify(
             Check(tensor=name, error=float(error), bound=bound, end_to_end=_relative(*pairs[name]))
             for name, error in errors.items()
         ),
-        fault=next(filter(None, map(_fault, found.values())), None),
+        fault=next(filter(None, starmap(_fault, found)), None),
     )
 
 
@@ -346,8 +347,7 @@ def _operations(
     )
 
 
-def _fault(operation: Operation) -> Fault | None:
-    errors = operation.by_device()
+def _fault(operation: Operation, errors: dict[int, float]) -> Fault | None:
     wrong = tuple(device for device, error in errors.items() if not error <= 1)
     if not wrong:
         return None

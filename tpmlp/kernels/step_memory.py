@@ -73,12 +73,11 @@ class StepTape:
         W = self.weight(shape, h_all)
         z = self.product(f"z_{l}", shape.z, shape.output, shape.size("s"), h_all, W)
         kept_bytes = types.compute if l < len(self.shapes) else types.param
-        has_bytes = types.total if shape.size("s") == 1 else types.reduce
-        if self.widened and shape.size("s") > 1:
+        is_sum = shape.size("s") > 1
+        if is_sum and self.widened:
             # The sum is kept in its own type, and the bias added where z is used.
-            has_bytes = min(kept_bytes, types.hop)
-            z = make(f"z_{l} rounded", shape.output * has_bytes, z)
-        if kept_bytes != has_bytes and not self.widened:
+            z = make(f"z_{l} rounded", shape.output * min(kept_bytes, types.hop), z)
+        elif kept_bytes != (types.reduce if is_sum else types.total):
             z = make(f"z_{l} kept", shape.output * kept_bytes, z)
         return z, h_all
 
