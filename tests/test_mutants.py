@@ -42,6 +42,7 @@ STRATEGIES = (
     "tests/test_strategies.py::test_a_strategy_is_the_reference_and_moves_what_is_predicted"
 )
 FIELDS = "tests/test_strategy_fields.py"
+INVARIANT = "tests/test_invariant.py::test_a_whole_training_run_has_the_same_bits_on_every_mesh"
 RING = "tests/kernels/test_dense.py::test_float64_tensor_equals_numpy[ring-1x3x1"
 # The rows of tests.strategies.FLOAT64_ROWS that the mutants name.
 SPLIT = "8x1x1-column-gathered-none-split-3-float64-None-None"
@@ -69,9 +70,8 @@ MUTANTS = {
     ),
     "a doubled reduction": Mutant(
         "collectives.py",
-        "return lax.psum(x, names) if names else x",
-        "return lax.psum(lax.pcast(lax.psum(x, names), names, to='varying'), names)"
-        " if names else x",
+        "return lax.psum(x, names)",
+        "return lax.psum(lax.pcast(lax.psum(x, names), names, to='varying'), names)",
         # Doubled weights of a mean halve g and hide it: the killer has a loss that is a sum.
         f"{INTEGERS}[2x1x1-column-dW_1]",
     ),
@@ -83,15 +83,14 @@ MUTANTS = {
     ),
     "a wrong scatter dim": Mutant(
         "collectives.py",
-        "scatter_dimension=dim, tiled=True) if names else x",
-        "scatter_dimension=1 - dim, tiled=True).reshape("
-        "x.shape[0] // size, x.shape[1]) if names else x",
+        "scatter_dimension=dim, tiled=True)",
+        "scatter_dimension=1 - dim, tiled=True).reshape(x.shape[0] // _size(names), x.shape[1])",
         f"{RECURSION}[1x2x1-row-z_1]",
     ),
     "a stale sigma'": Mutant(
         "kernels/backprop.py",
-        "g = dh * sigma_prime(before.astype(run.total), l - 1, chain)",
-        "g = dh * sigma_prime(layer_input(before, l, run, chain), l - 1, chain)",
+        "return dh * chain.activation.sigma_prime(z)",
+        "return dh * chain.activation.sigma_prime(activate(chain.activation, z))",
         f"{RECURSION}[1x1x1-column-g_1]",
     ),
     "padded columns leaking": Mutant(
@@ -108,7 +107,7 @@ MUTANTS = {
         f"{BACKPROP}::test_square_layers_equal_the_reference[1x1x1-column-g_1]",
     ),
     "a mean over the padded batch": Mutant(
-        "kernels/objective.py",
+        "kernels/terms.py",
         'return all_reduce("+d -> ", einsum("B/d -> +d", weight, **axes), **axes)',
         'return jnp.zeros((), weight.dtype) + weight.shape[0] * jax.lax.axis_size(axes["d"])',
         f"{RECURSION}[4x2x1-column-loss]",
@@ -126,20 +125,20 @@ MUTANTS = {
         "tests/test_losses.py::test_smoothing_spreads_over_logical_classes_only",
     ),
     "R's gradient once a data shard": Mutant(
-        "kernels/objective.py",
-        "return dw + penalty.gradient(w) if",
-        'return dw + penalty.gradient(w) * jax.lax.axis_size("data") if',
+        "kernels/terms.py",
+        "dW + penalty.gradient(W)",
+        'dW + penalty.gradient(W) * jax.lax.axis_size("data")',
         "tests/test_regularizers.py::"
         "test_tensor_with_a_regularizer_is_that_of_the_data_plus_r_once[l2-2x2x2-dW_1]",
     ),
     "weights left out of g": Mutant(
-        "kernels/objective.py",
+        "kernels/terms.py",
         'scale = weight / total if loss.reduction == "mean" else weight',
         "scale = 1 / total * jnp.ones_like(weight)",
         "tests/test_losses.py::test_weights_equal_repeating_the_samples",
     ),
     "a NaN at a sample of weight 0": Mutant(
-        "kernels/objective.py",
+        "kernels/terms.py",
         "jnp.where(weight[None] != 0, sample.gradient * scale[None], 0)",
         "sample.gradient * scale[None]",
         "tests/test_losses.py::"
@@ -153,7 +152,7 @@ MUTANTS = {
     ),
     "a second gather merged with the first": Mutant(
         "xla.py",
-        "return lax.select(never, lax.full_like(array, 0), array)",
+        "return lax.select(never(other), lax.full_like(array, 0), array)",
         "return array",
         f"{VOLUMES}[1x8x1-column]",
     ),
@@ -197,14 +196,15 @@ MUTANTS = {
     ),
     "only the last microbatch": Mutant(
         "kernels/objective.py",
-        "return jax.tree.map(jnp.add, carry, one_pass(*part, splits)), None",
+        "return added(carry, one_pass(*part, splits)), None",
         "return one_pass(*part, splits), None",
         f"{STRATEGIES}[{SPLIT}-dW_1]",
     ),
     "each microbatch divided by its own weight": Mutant(
         "kernels/objective.py",
         "layers, x, y, weight, total, chain=chain, loss=loss, reduce=reduce",
-        "layers, x, y, weight, total_weight(weight, chain), chain=chain, loss=loss, reduce=reduce",
+        "layers, x, y, weight, terms_of(chain).total_weight(weight, chain), chain=chain, "
+        "loss=loss, reduce=reduce",
         f"{STRATEGIES}[{SPLIT}-dW_3]",
     ),
     "layers computed again by those before them": Mutant(
@@ -232,7 +232,7 @@ MUTANTS = {
         f"{PER_EXAMPLE}::test_norms_losses_and_the_clipped_sum_equal_vmap_of_grad[1x1x1-column]",
     ),
     "copies of a gradient counted in its norm": Mutant(
-        "kernels/norm.py",
+        "kernels/terms.py",
         "jnp.sum(squares), **chain",
         'jnp.sum(squares) * jax.lax.axis_size("data"), **chain',
         "tests/test_norms.py::"
@@ -262,6 +262,25 @@ MUTANTS = {
         "at_outputs(z, y, weight, total, chain, loss)",
         "at_outputs(z, y, jax.numpy.ones_like(weight), total, chain, loss)",
         f"{PRODUCT}[split, microbatches-gauss_newton]",
+    ),
+    "a sum over devices that starts at another": Mutant(
+        "collectives.py",
+        "return tree_sum(lax.all_to_all(parts, names, dim, dim, tiled=True), axis=dim)",
+        "parts = lax.all_to_all(parts, names, dim, dim, tiled=True)\n"
+        "    return tree_sum(jnp.roll(parts, 1, dim), dim)",
+        f"{INVARIANT}[float32-1x8x1]",
+    ),
+    "products of whatever a device holds": Mutant(
+        "kernels/blocks.py",
+        "return einsum(signature, a, b, dtype=dtype, product=product, **axes)",
+        "return einsum(signature, a, b, dtype=dtype, **axes)",
+        f"{INVARIANT}[float32-1x2x4]",
+    ),
+    "updates of whatever a device holds": Mutant(
+        "train/optimizer.py",
+        "update = self._update_in_blocks if self.placement.is_invariant else self.masked.update",
+        "update = self.masked.update",
+        f"{INVARIANT}[float32-1x2x4]",
     ),
     "blocks gathered from the wrong axis": Mutant(
         "placement.py",

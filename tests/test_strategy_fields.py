@@ -322,6 +322,31 @@ def test_microbatches_give_the_gradient_of_the_whole_batch(loss):
         assert relative_error(got, wanted) <= FLOAT64
 
 
+def test_many_microbatches_in_bfloat16_err_no_more_than_one():
+    """Added up in bfloat16, a sum of 256 would lose what is below 2^-8 of it at every step."""
+    rng = np.random.default_rng(0)
+    model, mesh = tpmlp.MLP((8, 16, 4)), mesh_of((1, 2, 1))
+    x, y = rng.normal(size=(512, 8)).astype(jnp.bfloat16), rng.integers(0, 4, 512)
+    arrays: list[Any] = [
+        ((rng.normal(size=s) / s[1] ** 0.5).astype(jnp.bfloat16), np.zeros(s[0], jnp.bfloat16))
+        for s in model.layer_shapes
+    ]
+    exact = [(W.astype(np.float64), b.astype(np.float64)) for W, b in arrays]
+    _, wanted = reference.value_and_grad(
+        exact, x.astype(np.float64), y, activation="relu", loss="cross_entropy"
+    )
+    errors = []
+    for parts in (1, 256):
+        strategy = tpmlp.Strategy(microbatches=parts)
+        step = tpmlp.value_and_grad(model, loss="cross_entropy", mesh=mesh, strategy=strategy)
+        params = tpmlp.from_numpy(model, arrays, mesh, strategy=strategy)
+        grads = tpmlp.to_numpy(model, step(params, x, y)[1])
+        pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True)
+        errors.append(max(relative_error(got, right) for got, right in pairs))
+    one, many = errors
+    assert many <= 2 * one <= 2 * 2**-5
+
+
 def test_microbatches_take_less_memory_and_sum_gradients_once():
     whole, parts = (
         tpmlp.audit(program((64,) * 5, (2, 2, 1), 2048, microbatches=n)) for n in (1, 4)

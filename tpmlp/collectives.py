@@ -33,12 +33,15 @@ from tpmlp.layout import (
 __all__ = [
     "all_gather",
     "all_reduce",
+    "all_reduce_in_tree",
     "all_reduce_max",
     "block_index",
     "einsum",
     "reduce_scatter",
+    "reduce_scatter_in_tree",
     "shift",
     "transpose",
+    "tree_sum",
     "zeros",
 ]
 
@@ -81,17 +84,20 @@ def reduce_scatter(signature: str, x: jax.Array, **axes: str) -> jax.Array:
         LayoutError: the signature is no reduce-scatter, does not describe x, or the axis does not
             divide the dim.
     """
-    parsed = parse_signature(signature)
-    dim, roles = scattered(parsed)
-    _check_operand(parsed, parsed.operands[0], x, axes)
-    names = _live(roles, axes)
-    size = _size(names)
-    if x.shape[dim] % size:
-        raise parsed.refuse(
-            f"splits dim {parsed.result.dims[dim].name} of local size {x.shape[dim]} over "
-            f"{size} devices. Pad it to a multiple."
-        )
+    dim, names = _scattered_dim(signature, x, axes)
     return lax.psum_scatter(x, names, scatter_dimension=dim, tiled=True) if names else x
+
+
+def reduce_scatter_in_tree(signature: str, x: jax.Array, **axes: str) -> jax.Array:
+    """Compute what `reduce_scatter` does, adding blocks in the order of `tree_sum`.
+
+    They move by an all-to-all, as many words, and are added by the device that keeps the sum.
+    """
+    dim, names = _scattered_dim(signature, x, axes)
+    if not names:
+        return x
+    parts = x.reshape(*x.shape[:dim], _size(names), -1, *x.shape[dim + 1 :])
+    return tree_sum(lax.all_to_all(parts, names, dim, dim, tiled=True), axis=dim)
 
 
 def all_reduce(signature: str, x: jax.Array, **axes: str) -> jax.Array:
@@ -109,6 +115,30 @@ def all_reduce(signature: str, x: jax.Array, **axes: str) -> jax.Array:
     """
     names = _reduced_axes(signature, x, axes)
     return lax.psum(x, names) if names else x
+
+
+def all_reduce_in_tree(signature: str, x: jax.Array, **axes: str) -> jax.Array:
+    """Compute what `all_reduce` does, adding blocks in the order of `tree_sum`.
+
+    Every device gathers them all, p / 2 times the words: let them be few.
+    """
+    names = _reduced_axes(signature, x, axes)
+    if not names:
+        return x
+    return tree_sum(lax.all_gather(x[None], names, axis=0, tiled=True, to="invarying"), axis=0)
+
+
+def tree_sum(x: jax.Array, axis: int) -> jax.Array:
+    """Sum over a dim, whose size is a power of two: pairs of neighbours first, then of pairs.
+
+    Every addition is one that the compiler can neither reorder nor join to a product.
+    """
+    while (size := x.shape[axis]) > 1:
+        pairs = x.reshape(*x.shape[:axis], size // 2, 2, *x.shape[axis + 1 :])
+        x = lax.index_in_dim(pairs, 0, axis + 1, keepdims=False) + lax.index_in_dim(
+            pairs, 1, axis + 1, keepdims=False
+        )
+    return lax.squeeze(x, (axis,))
 
 
 def all_reduce_max(signature: str, x: jax.Array, **axes: str) -> jax.Array:
@@ -142,7 +172,13 @@ def shift(layout: str, x: jax.Array, role: str, by: int, **axes: str) -> jax.Arr
     return _moved(lambda x: lax.ppermute(x, axes[role], pairs), x)
 
 
-def einsum(signature: str, *operands: jax.Array, dtype: Any = None, **axes: str) -> jax.Array:
+def einsum(
+    signature: str,
+    *operands: jax.Array,
+    dtype: Any = None,
+    product: Any = xla.product,
+    **axes: str,
+) -> jax.Array:
     """Multiply and sum local blocks; what is summed over a split dim is a partial sum.
 
     No communication: a contraction over "I/s" must leave "+s" in the result.
@@ -151,6 +187,7 @@ def einsum(signature: str, *operands: jax.Array, dtype: Any = None, **axes: str)
         signature: for example "O/g I/s, I/s B/d -> O/g B/d +s".
         *operands: the local blocks; the first of two is converted to the type of the second.
         dtype: of the sums, and so of the result; that of the operands by default.
+        product: what multiplies two operands: (formula, a, b, dtype) -> result.
         **axes: mesh axis of each role.
 
     Raises:
@@ -163,7 +200,7 @@ def einsum(signature: str, *operands: jax.Array, dtype: Any = None, **axes: str)
     for layout, x in zip(parsed.operands, operands, strict=True):
         _check_operand(parsed, layout, x, axes)
     if len(operands) == 2:
-        return xla.product(formula, *operands, dtype)
+        return product(formula, *operands, dtype)
     return jnp.einsum(formula, *operands, preferred_element_type=dtype)
 
 
@@ -211,6 +248,21 @@ def _moved(move: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """Return move(x), as bits where XLA's CPU collectives would widen bfloat16 to float32."""
     as_bits = x.dtype == jnp.bfloat16 and xla.on_cpu()
     return xla.on_bits(move, x) if as_bits else move(x)
+
+
+def _scattered_dim(
+    signature: str, x: jax.Array, axes: dict[str, str]
+) -> tuple[int, tuple[str, ...]]:
+    parsed = parse_signature(signature)
+    dim, roles = scattered(parsed)
+    _check_operand(parsed, parsed.operands[0], x, axes)
+    names = _live(roles, axes)
+    if x.shape[dim] % _size(names):
+        raise parsed.refuse(
+            f"splits dim {parsed.result.dims[dim].name} of local size {x.shape[dim]} over "
+            f"{_size(names)} devices. Pad it to a multiple."
+        )
+    return dim, names
 
 
 def _reduced_axes(signature: str, x: jax.Array, axes: dict[str, str]) -> tuple[str, ...]:

@@ -63,6 +63,10 @@ class Head:
         first = block_index("C/g/s", **self.axes) * z.shape[0]
         return first + jnp.arange(z.shape[0], dtype=jnp.int32)[:, None]
 
+    def gather_outputs(self, z: jax.Array) -> jax.Array:
+        """Return all outputs, "C B/d"."""
+        return all_gather("C/g/s B/d -> C B/d", z, **self.axes)
+
     def sum_outputs(self, *terms: jax.Array) -> list[jax.Array]:
         """Sum each "C/g/s B/d" over all outputs, together in one all-reduce; each "B/d"."""
         # Summed one by one: stacked first, the terms would all be there at once.
@@ -72,6 +76,26 @@ class Head:
     def max_outputs(self, z: jax.Array) -> jax.Array:
         """Return the largest output of each sample, "B/d"."""
         return all_reduce_max("B/d +g+s -> B/d", jnp.max(z, axis=0), **self.axes)
+
+
+class WholeHead(Head):
+    """Outputs that are all here, gathered: their sums need no axis."""
+
+    def rows(self, z: jax.Array) -> jax.Array:
+        """Return which output each row of z is, [rows, 1]."""
+        return jnp.arange(z.shape[0], dtype=jnp.int32)[:, None]
+
+    def gather_outputs(self, z: jax.Array) -> jax.Array:
+        """Return z, "C B/d"."""
+        return z
+
+    def sum_outputs(self, *terms: jax.Array) -> list[jax.Array]:
+        """Sum each "C B/d" over all outputs; each "B/d"."""
+        return [term.sum(axis=0) for term in terms]
+
+    def max_outputs(self, z: jax.Array) -> jax.Array:
+        """Return the largest output of each sample, "B/d"."""
+        return jnp.max(z, axis=0)
 
 
 class Loss(ABC):
@@ -354,7 +378,7 @@ class UserLoss(Loss):
         The price of generality: B * C words are gathered, where the losses above move a few
         words a sample.
         """
-        outputs = all_gather("C/g/s B/d -> C B/d", z, **head.axes)[: head.num_outputs]
+        outputs = head.gather_outputs(z)[: head.num_outputs]
         one = jax.eval_shape(self.function, outputs[:, 0], y[0])
         if one.shape != ():
             raise ValueError(

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from tpmlp.checks import check_positive
-from tpmlp.kernels import norm as kernel
 from tpmlp.kernels.backprop import Chain
+from tpmlp.kernels.objective import terms_of
 from tpmlp.model import MLP, Params, chain_of, param_shardings
 from tpmlp.objective import check_model
 from tpmlp.parameters import check_params
@@ -118,7 +118,7 @@ def _global_norm(model: MLP, chain: Chain) -> Callable[[Params], jax.Array]:
     specs = jax.tree.map(lambda s: s.spec, param_shardings(model, chain.placement))
 
     def body(layers: Any) -> jax.Array:
-        return kernel.global_norm(layers, chain)
+        return terms_of(chain).global_norm(layers, chain)
 
     mesh = chain.placement.mesh
     return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec()))

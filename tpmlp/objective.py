@@ -175,7 +175,14 @@ def make_objective(
     check_model(model)
     chain = chain_of(model, mesh, strategy)
     meant = Cotangent() if loss is None else get_loss(loss)
-    return Objective(model, chain, meant, get_regularizer(regularizer))
+    penalty = get_regularizer(regularizer)
+    if isinstance(penalty, UserPenalty) and chain.placement.is_invariant:
+        raise ValueError(
+            "regularizer must be tpmlp.l2, l1 or elastic_net with reduction='invariant', because a "
+            f"function's own sums are cut as the mesh is: got {penalty.function!r}. Use one of "
+            "these, or reduction='fast'."
+        )
+    return Objective(model, chain, meant, penalty)
 
 
 def check_model(model: Any) -> None:

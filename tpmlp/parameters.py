@@ -15,6 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tpmlp.kernels.cost import NUM_PIECES
 from tpmlp.layout import padded
 from tpmlp.model import MLP, Params, param_shardings
 from tpmlp.placement import Placement, place
@@ -171,10 +172,11 @@ def _check_padded(model: MLP, params: Any) -> None:
                 )
             sizes = array.sharding.mesh.shape
             num_blocks = sizes.get("x", 1) * sizes.get("y", 1)
-            # Strategies that split parameters over data pad for that axis too.
+            # Strategies that split parameters over data pad for that axis too; an invariant
+            # reduction pads alike on all meshes.
             shapes = [
                 tuple(padded(n, blocks) for n in logical[: array.ndim])
-                for blocks in (num_blocks, num_blocks * sizes.get("data", 1))
+                for blocks in (num_blocks, num_blocks * sizes.get("data", 1), NUM_PIECES)
             ]
             if array.shape not in shapes:
                 raise ValueError(

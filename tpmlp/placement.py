@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpmlp.checks import check_dtype
-from tpmlp.kernels.cost import layer_words
+from tpmlp.kernels.cost import NUM_BLOCKS, NUM_PIECES, layer_words
 from tpmlp.layout import padded, partition_spec
 from tpmlp.mesh import check_mesh
 from tpmlp.strategy import Strategy
@@ -44,13 +44,25 @@ class Placement:
 
     @property
     def num_blocks(self) -> int:
-        """What padded widths are multiples of: M = X * Y; times the data axis if it splits W."""
+        """What padded widths are multiples of: M = X * Y; times the data axis if it splits W.
+
+        Under reduction="invariant" the pieces that features are cut into, on every mesh.
+        """
+        if self.is_invariant:
+            return NUM_PIECES
         return self.sizes["x"] * self.sizes["y"] * (self.sizes["data"] if self.splits_data else 1)
 
     @property
     def row_blocks(self) -> int:
         """What the padded number of samples is a multiple of."""
+        if self.is_invariant:
+            return NUM_BLOCKS
         return self.sizes["data"] * self.strategy.microbatches
+
+    @property
+    def is_invariant(self) -> bool:
+        """Whether results have the same bits on every mesh."""
+        return self.strategy.reduction == "invariant"
 
     @property
     def splits_data(self) -> bool:
@@ -156,7 +168,26 @@ def _checked(strategy: Strategy, mesh: Mesh) -> Strategy:
             f"compute_dtype={strategy.compute_dtype!r}, reduce_dtype={strategy.reduce_dtype!r} on "
             "a mesh of tpu devices, which have no float64. Use 'float32'."
         )
+    if strategy.reduction == "invariant":
+        _check_invariant(mesh, platform)
     return strategy
+
+
+def _check_invariant(mesh: Mesh, platform: str) -> None:
+    """Refuse a mesh that has no share of whole blocks for each device, or where none was tried."""
+    sizes = {axis: size for axis, size in mesh.shape.items() if NUM_BLOCKS % size}
+    if sizes:
+        raise ValueError(
+            f"mesh axes must divide {NUM_BLOCKS} with reduction='invariant', which cuts samples, "
+            f"inputs and outputs into {NUM_BLOCKS} blocks on every mesh: got {sizes}. Use 1, 2, 4 "
+            "or 8 devices on each axis, or reduction='fast'."
+        )
+    if platform != "cpu":
+        raise ValueError(
+            "reduction='invariant' must run on CPU devices, because elsewhere the compiler may "
+            f"choose another product for the same block: got platform={platform!r}. Use "
+            "reduction='fast'."
+        )
 
 
 @lru_cache(maxsize=256)

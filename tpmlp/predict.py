@@ -54,11 +54,14 @@ def step_collectives(
     objective = []
     if loss is not None:
         objective = loss_collectives(
-            num_outputs=placement.padded_widths[-1] if loss.targets == "any" else 0,
+            num_outputs=placement.padded_widths[-1],
+            gathers_outputs=types.invariant or loss.targets == "any",
+            gathers_targets=types.invariant and loss.targets == "values",
             num_reduced=loss.num_reduced,
             mean=loss.reduction == "mean",
             batch=shapes[0].batch,
             penalty=penalty,
+            num_arrays=len(shapes) * (1 + bias),
             types=types,
             sizes=placement.sizes,
         )
@@ -70,7 +73,8 @@ def step_temp_bytes(
 ) -> int | None:
     """Return the bytes of temporaries that one training step needs on a device.
 
-    None where it is not predicted: rings, whose blocks the compiler schedules as it likes.
+    None where it is not predicted: rings, whose blocks the compiler schedules as it likes, and
+    invariant reductions, whose loops hold copies of their own.
 
     Args:
         placement: the layers on their mesh, with their strategy.
@@ -78,7 +82,7 @@ def step_temp_bytes(
         batch_size: samples of one step.
         dtype: of the parameters.
     """
-    if step_types(placement, dtype).ring and placement.num_blocks > 1:
+    if (step_types(placement, dtype).ring and placement.num_blocks > 1) or placement.is_invariant:
         return None
     on_cpu, types = placement.platform == "cpu", step_types(placement, dtype)
     step = StepTape(
@@ -120,6 +124,7 @@ def step_types(placement: Placement, dtype: str) -> Types:
         reduce=4 if widened else run.reduce.itemsize,
         hop=run.reduce.itemsize,
         ring=placement.strategy.overlap != "none",
+        invariant=run.invariant,
         splits_data=placement.splits_data,
         microbatches=placement.strategy.microbatches,
     )
@@ -127,7 +132,8 @@ def step_types(placement: Placement, dtype: str) -> Types:
 
 def layer_shapes(placement: Placement, *, bias: bool, batch_size: int) -> list[LayerShape]:
     """Return what each layer is on one device."""
-    batch = padded(batch_size, placement.row_blocks) // placement.row_blocks
+    num_parts = placement.sizes["data"] * placement.strategy.microbatches
+    batch = padded(batch_size, placement.row_blocks) // num_parts
     widths = placement.padded_widths
     return [
         LayerShape(

@@ -10,6 +10,7 @@ LAYOUTS = (*WORDS, "alternate", "auto")
 
 Keep = Literal["shard", "gathered", "recompute"]
 Overlap = Literal["none", "ring", "bidirectional_ring"]
+Reduction = Literal["fast", "invariant"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,14 +34,19 @@ class Strategy:
             by default.
         compute_dtype: "bfloat16", "float32" or "float64", the type of products, of gathers and of
             the z_l that are kept; the parameters' by default. Parameters and gradients keep their
-            own type; sums have it too, or the compute type where that is wider: parameters in
-            bfloat16 are also summed in it, which many microbatches show.
+            own type; sums have it too, or the compute type where that is wider; microbatches are
+            added up in float32 or wider.
         reduce_dtype: the type in which sums over devices move; the parameters' by default, or
             compute_dtype where that is wider.
         overlap: "none": collectives are XLA's. "ring": gathers and scatters are rings of ppermute
             with a part of the product at every hop, so that hops and products can overlap.
             "bidirectional_ring": the same with half of the hops each way round. Where no tensor
             axis is larger than 1 there is nothing to overlap, and it changes nothing.
+        reduction: "fast": sums in the order that suits the mesh. "invariant": losses, activations,
+            gradients and trained parameters have the same bits on every mesh whose axes are 1, 2,
+            4 or 8: one way to cut and one order to add, for all of them. Sums are at least
+            float32. It costs time and padding (widths to multiples of 64, batches to multiples
+            of 8); it is for CPU devices, and equal bits need the same jaxlib and kind of processor.
         shard_weights: whether parameters, gradients and optimiser states are split over the data
             axis as well, and gathered where they are used (ZeRO-3).
         microbatches: parts of the batch that run one after another, gradients added up. Activations
@@ -63,6 +69,7 @@ class Strategy:
     compute_dtype: str | None = None
     reduce_dtype: str | None = None
     overlap: Overlap = "none"
+    reduction: Reduction = "fast"
     shard_weights: bool = False
     microbatches: int = 1
 
@@ -84,6 +91,7 @@ class Strategy:
             )
         _check_choice("keep", self.keep, get_args(Keep))
         _check_choice("overlap", self.overlap, get_args(Overlap))
+        _check_choice("reduction", self.reduction, get_args(Reduction))
         for name in ("compute_dtype", "reduce_dtype"):
             if (dtype := getattr(self, name)) is not None:
                 object.__setattr__(self, name, check_dtype(name, dtype))
@@ -101,6 +109,23 @@ class Strategy:
                 f"keep_every must be left out unless keep='recompute': got keep={self.keep!r}, "
                 f"keep_every={self.keep_every}. Use keep='recompute', or drop keep_every."
             )
+        if self.reduction == "invariant":
+            self._check_invariant()
+
+    def _check_invariant(self) -> None:
+        """Refuse what would add or round in an order that depends on the mesh."""
+        orders = {
+            "overlap": ("none", "a ring adds in the order of its hops"),
+            "reduce_dtype": (None, "a sum would be rounded as often as it crosses devices"),
+            "shard_weights": (False, "a part of a weight would be another block on each mesh"),
+            "microbatches": (1, "a sum over microbatches stands between two over samples"),
+        }
+        for name, (needed, why) in orders.items():
+            if (value := getattr(self, name)) != needed:
+                raise ValueError(
+                    f"{name} must be {needed!r} with reduction='invariant', because {why}: got "
+                    f"{name}={value!r}. Leave {name} out, or use reduction='fast'."
+                )
 
 
 def _is_words(layout: object) -> bool:

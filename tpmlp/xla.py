@@ -57,6 +57,13 @@ def _differs_over(array: jax.Array) -> frozenset[str]:
     return frozenset(axis for axis in varying if axis_size(axis) > 1)
 
 
+def never(beside: jax.Array) -> jax.Array:
+    """Return False, by a condition on an element of an array that the compiler takes for open."""
+    start, stop = (0,) * beside.ndim, (1,) * beside.ndim
+    first = lax.squeeze(lax.slice(beside, start, stop), range(beside.ndim))
+    return lax.gt(first, lax.full_like(first, jnp.inf))
+
+
 def after(array: jax.Array, other: jax.Array) -> jax.Array:
     """Return an array, on CPU as a new value that is not there before `other` is.
 
@@ -65,9 +72,40 @@ def after(array: jax.Array, other: jax.Array) -> jax.Array:
     """
     if not on_cpu():
         return array
-    first = lax.squeeze(lax.slice(other, (0,) * other.ndim, (1,) * other.ndim), range(other.ndim))
-    never = lax.gt(first, lax.full_like(first, jnp.inf))
-    return lax.select(never, lax.full_like(array, 0), array)
+    return lax.select(never(other), lax.full_like(array, 0), array)
+
+
+def unknown_zero(beside: jax.Array) -> jax.Array:
+    """Return 0, as an int32 that the compiler does not know."""
+    return never(beside).astype(jnp.int32)
+
+
+@jax.custom_jvp
+def hidden(x: jax.Array, zero: jax.Array) -> jax.Array:
+    """Return floats, their bits taken through an exclusive or with an `unknown_zero`.
+
+    No compiler pass joins what makes them to what reads them.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))
+    return lax.bitcast_convert_type(bits ^ zero.astype(bits.dtype), x.dtype)
+
+
+@hidden.defjvp
+def _hidden_jvp(at: Any, along: Any) -> tuple[jax.Array, jax.Array]:
+    (x, zero), (dx, _) = at, along
+    return hidden(x, zero), hidden(dx, zero)
+
+
+def rounded(array: jax.Array, dtype: Any) -> jax.Array:
+    """Return an array in a type, rounded to it here and now.
+
+    A conversion alone is no order to round: XLA may keep the digits (its excess precision) where
+    the next operation converts back, and so in one program and not in another.
+    """
+    narrow, wide = jnp.finfo(dtype), jnp.finfo(array.dtype)
+    if narrow.nmant < wide.nmant:
+        array = lax.reduce_precision(array, narrow.nexp, narrow.nmant)
+    return array.astype(dtype)
 
 
 def product(formula: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
@@ -90,10 +128,10 @@ def product(formula: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
         a = after(a, b).astype(b.dtype)
     if transposed:
         a, formula = _written_transpose(a), f"{left[::-1]},{rest}"
-    return _dot(formula, a, b, dtype)
+    return dot(formula, a, b, dtype)
 
 
-def _dot(formula: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+def dot(formula: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
     """Multiply as jnp.einsum does, which takes three times as long to trace."""
     (left, right), result = formula.split("->")[0].split(","), formula.split("->")[1]
     (summed,) = set(left) & set(right)

@@ -2,7 +2,7 @@
 
 Question: time and temporaries of one value_and_grad with a default Strategy, against (a) the
     network on one device that has all the cores, and (b) the best automatic partitioning by jit;
-    and what the best layout, keep and mesh would give.
+    what the best layout, keep and mesh would give; and what reduction="invariant" costs.
 Method: simulated devices in one process. All programs of a size are compiled, warmed and screened,
     those in contention run in turns; ratios are taken within a round (experiments.bench.timing,
     .automatic, .summary). Of the automatic partitionings the fastest counts for time, the leanest
@@ -26,16 +26,22 @@ import tpmlp
 from experiments.bench.figures import plot_ratios
 from experiments.bench.kernel import default_mesh
 from experiments.bench.machine import describe_machine
-from experiments.bench.measure import Plan, measure_compilation, measure_default, measure_search
+from experiments.bench.measure import (
+    Plan,
+    measure_compilation,
+    measure_default,
+    measure_invariant,
+    measure_search,
+)
 from experiments.bench.problem import DType, Size
-from experiments.bench.report import default_table, search_table, verdict_table
+from experiments.bench.report import default_table, invariant_table, search_table, verdict_table
 from experiments.bench.settings import make_folder, parse_size, require_at_least_one
 from experiments.bench.summary import Cell, compare
 from experiments.bench.targets import Verdict, verdicts
 from experiments.command import INTERRUPTED, SettingError, parse, refuse, require
 from experiments.record import plain, save_json
 
-Tables = Literal["both", "default", "search"]
+Tables = Literal["all", "default", "search", "invariant"]
 Record = dict[str, Any]
 
 
@@ -50,8 +56,9 @@ class Config:
         rounds: how often each program in contention runs; ratios are medians over them.
         screen: programs slower than this times the best of their group are not in contention.
         contenders: how many of a group are, at most.
-        tables: default (one default Strategy), search (every layout, keep and mesh; needs the
-            other table in OUT), or both.
+        tables: default (one default Strategy), search (every layout, keep and mesh), invariant
+            (reduction="invariant" against the default), or all. One but the first needs the
+            others in OUT.
         search_rounds: as rounds, for the second table.
         search_dtypes: as dtypes, for the second table.
         deep: d x layers x batch of the network whose compilation is timed, on the most devices.
@@ -72,7 +79,7 @@ class Config:
     rounds: int = 7
     screen: float = 1.1
     contenders: int = 3
-    tables: Tables = "both"
+    tables: Tables = "all"
     search_rounds: int = 5
     search_dtypes: tuple[DType, ...] = ("float32",)
     deep: str = "256x96x256"
@@ -121,6 +128,10 @@ class Config:
             seed=self.seed,
         )
 
+    def measures(self, table: str) -> bool:
+        """Return whether a table is measured, rather than kept."""
+        return self.tables in ("all", table)
+
     @property
     def search_plan(self) -> Plan:
         """The same for the second."""
@@ -136,8 +147,8 @@ def prepare(config: Config) -> Record:
     """
     tpmlp.simulate_devices(max(8, *config.devices))
     make_folder(config.out)
-    record: Record = {"default": [], "compilation": None, "search": []}
-    if config.resume or config.tables == "search":
+    record: Record = {"default": [], "compilation": None, "search": [], "invariant": []}
+    if config.resume or not config.measures("default"):
         record |= earlier(config)
     return {**record, "config": asdict(config), "machine": describe_machine()}
 
@@ -150,20 +161,21 @@ def earlier(config: Config) -> Record:
     """
     require(
         config.path.exists(),
-        "a record must be there to resume, or for the second table alone",
+        "a record must be there to resume, or for another table than the first alone",
         "Run make bench without them first.",
         path=config.path,
     )
     record = json.loads(config.path.read_text(encoding="utf-8"))
     absent = missing(record["default"], list(map(parse_size, config.sizes)))
     require(
-        not absent or config.tables != "search",
-        "the second table needs the first, which lacks sizes",
-        "Measure both, with --resume.",
+        not absent or config.measures("default"),
+        "other tables need the first, which lacks sizes",
+        "Measure all, with --resume.",
         lacking=", ".join(map(str, absent)),
     )
-    plans = {"default": config.plan, "search": config.search_plan}
-    kept = {table: record[table] for table in plans if config.resume or table == "default"}
+    plans = {"default": config.plan, "search": config.search_plan, "invariant": config.plan}
+    tables = [table for table in plans if config.resume or not config.measures(table)]
+    kept = {table: record.get(table, []) for table in tables}
     for table, cells in kept.items():
         for cell in cells:
             require(
@@ -188,17 +200,20 @@ def run(config: Config, record: Record) -> None:
         save_json(config.path, record, time.perf_counter() - began)
 
     sizes = [parse_size(text) for text in config.sizes]
-    if config.tables != "search":
+    if config.measures("default"):
         for size in missing(record["default"], sizes):
             add("default", measure_default(size, config.plan, say))
             print(default_table(compare(record["default"][-1])), end="\n\n", flush=True)
         say(f"compiling {config.deep}")
         deep = parse_size(config.deep)
         record["compilation"] = measure_compilation(deep, max(config.devices), config.seed)
-    if config.tables != "default":
+    if config.measures("search"):
         cells = {Size(**cell["size"]): cell for cell in record["default"]}
         for size in missing(record["search"], sizes):
             add("search", measure_search(size, cells[size], config.search_plan, say))
+    if config.measures("invariant"):
+        for size in missing(record["invariant"], sizes):
+            add("invariant", measure_invariant(size, config.plan, say))
     record["verdicts"] = [asdict(verdict) for verdict in judge(record)]
     save_json(config.path, record, time.perf_counter() - began)
 
@@ -230,6 +245,9 @@ def report(config: Config) -> None:
     if record["search"]:
         print("\nthe best layout, keep and mesh\n")
         print(search_table(record["search"], record["default"]))
+    if record["invariant"]:
+        print('\nreduction="invariant" over the default\n')
+        print(invariant_table(record["invariant"]))
     print("\ntargets\n")
     print(verdict_table(judge(record)))
     figure = plot_ratios(comparisons, judge(record), record["machine"])

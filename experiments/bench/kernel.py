@@ -12,6 +12,7 @@ from tpmlp.placement import place
 Keep = Literal["shard", "gathered", "recompute"]
 Sizes = tuple[int, int, int]  # data, x, y
 
+INVARIANT = 'reduction="invariant"'
 LAYOUTS = ("auto", "column", "row", "alternate")
 KEEPS: tuple[Keep, ...] = ("shard", "gathered", "recompute")
 
@@ -77,6 +78,12 @@ def kernel(problem: Problem, sizes: Sizes, dtype: DType, variant: str, **fields:
 def by_default(problem: Problem, num_devices: int, dtype: DType) -> Program:
     """Return the step with Strategy() on the default mesh, compiled."""
     return kernel(problem, (1, *default_mesh(num_devices)), dtype, "Strategy()")
+
+
+def invariant(problem: Problem, num_devices: int, dtype: DType) -> Program:
+    """Return the same step with bits that do not depend on the mesh."""
+    mesh = (1, *default_mesh(num_devices))
+    return kernel(problem, mesh, dtype, INVARIANT, reduction="invariant")
 
 
 def everywhere(problem: Problem, num_devices: int, dtype: DType) -> Iterator[Program]:

@@ -3,10 +3,11 @@
 A cell of the record is the outcome for one size: every program's row.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import product
 from typing import Any
@@ -82,6 +83,20 @@ def measure_search(size: Size, default: Cell, plan: Plan, say: Say) -> Cell:
 
     groups = (programs(*key) for key in product(plan.dtypes, plan.devices))
     return _cell(size, groups, plan, say)
+
+
+def measure_invariant(size: Size, plan: Plan, say: Say) -> Cell:
+    """Measure the default strategy with reduction="invariant" against the same without."""
+    problem = make_problem(size, plan.seed)
+
+    def programs(dtype: DType, num_devices: int) -> Iterator[Program]:
+        yield kernel.by_default(problem, num_devices, dtype)
+        yield kernel.invariant(problem, num_devices, dtype)
+
+    # Both run in every round, however slow.
+    both = replace(plan, screen=math.inf, contenders=2)
+    groups = (programs(*key) for key in product(plan.dtypes, plan.devices))
+    return {**_cell(size, groups, both, say), "plan": plain(asdict(plan))}
 
 
 def measure_compilation(size: Size, num_devices: int, seed: int) -> dict[str, Any]:

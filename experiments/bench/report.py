@@ -1,9 +1,21 @@
 """The tables that make bench prints."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
+from experiments.bench.kernel import INVARIANT
 from experiments.bench.problem import Size
-from experiments.bench.summary import Cell, Comparison, compare, leanest, median_s, name, select
+from experiments.bench.summary import (
+    Cell,
+    Comparison,
+    Ratio,
+    Row,
+    compare,
+    leanest,
+    median_s,
+    name,
+    select,
+)
 from experiments.bench.targets import Verdict
 from tpmlp.table import text_table
 
@@ -85,6 +97,30 @@ def _search_rows(cell: Cell, default: Cell) -> Iterator[tuple[object, ...]]:
             name(lean),
             f"{lean['temp_bytes'] / MEBIBYTE:.2f}",
             f"{lean['temp_bytes'] / c.leanest['temp_bytes']:.2f}",
+        )
+
+
+def invariant_table(cells: Sequence[Cell]) -> str:
+    """Return the third table: what bits that do not depend on the mesh cost."""
+    headers = ("size", "dtype", "M", "ms", "time", "MiB", "temporaries", "bytes received")
+    return text_table(headers, (row for cell in cells for row in _invariant_rows(cell)))
+
+
+def _invariant_rows(cell: Cell) -> Iterator[tuple[object, ...]]:
+    by_key: dict[Any, dict[str, Row]] = {}
+    for row in cell["rows"]:
+        by_key.setdefault((row["dtype"], row["devices"]), {})[row["variant"]] = row
+    for (dtype, devices), rows in by_key.items():
+        fast, invariant = rows["Strategy()"], rows[INVARIANT]
+        yield (
+            Size(**cell["size"]),
+            dtype,
+            devices,
+            f"{1e3 * median_s(invariant):.1f}",
+            Ratio.of(invariant["seconds"], fast["seconds"]),
+            f"{invariant['temp_bytes'] / MEBIBYTE:.2f}",
+            f"{invariant['temp_bytes'] / fast['temp_bytes']:.2f}",
+            f"{invariant['received_bytes'] / fast['received_bytes']:.2f}",
         )
 
 

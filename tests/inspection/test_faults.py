@@ -101,7 +101,7 @@ PLANTED = [
 
 # What verify's step has none of: R, microbatches, a weight of 0, smoothing, split weights that are
 # moved too often, traffic and order (which are for the audit to find), draws, the audit itself,
-# norms and gradients of single samples, curvature.
+# norms and gradients of single samples, curvature; sums whose order is no fault but to a hash.
 
 NOT_IN_THE_STEP = {
     "an order that accelerators are not given",
@@ -123,6 +123,9 @@ NOT_IN_THE_STEP = {
     "a tangent dropped where bits move",
     "R's Hessian forgotten",
     "the loss's Hessian without the weights of samples",
+    "a sum over devices that starts at another",
+    "products of whatever a device holds",
+    "updates of whatever a device holds",
 }
 # JAX refuses these while it traces: there is no report.
 REFUSED = {"a dropped reduction over data"}

@@ -1,6 +1,6 @@
 """One dense layer, forward and backward, on every mesh under both choices of roles.
 
-Plain, and as rings in one and in both directions: the same claims for each.
+Plain, as rings in one and in both directions, and in blocks: the same claims for each.
 
 z alone fails: the forward product, its reduce-scatter or the bias. dW alone: the product g h^T or
 its sum over data. db alone: the sum over the batch. dh alone: W^T g or its reduce-scatter. On some
@@ -18,7 +18,8 @@ import tpmlp
 from conftest import MESHES
 from tests.cases import Sizes, mesh_of, name_of, relative_error
 from tests.tolerances import FLOAT64
-from tpmlp.kernels import dense, ring
+from tpmlp.kernels import dense, invariant, ring
+from tpmlp.kernels.cost import NUM_PIECES
 from tpmlp.kernels.execution import Execution, execution
 from tpmlp.layout import padded, partition_spec
 from tpmlp.placement import place
@@ -52,25 +53,38 @@ def operands(num_blocks: int, dtype: str) -> dict[str, np.ndarray]:
     return {name: rng.normal(size=shape) for name, shape in shapes.items()}
 
 
-KERNELS = {"plain": dense, "ring": ring, "bidirectional_ring": ring}
+KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "plain": (dense, {}),
+    "ring": (ring, {"overlap": "ring"}),
+    "bidirectional_ring": (ring, {"overlap": "bidirectional_ring"}),
+    "invariant": (invariant, {"reduction": "invariant"}),
+}
+ON_MESHES = [
+    *((kernel, sizes) for kernel in ("plain", "ring") for sizes in MESHES),
+    *(("invariant", sizes) for sizes in MESHES if all(8 % size == 0 for size in sizes)),
+]
 
 
 def choices(sizes: Sizes, kernel: str, dtype: str) -> Execution:
-    """Return the kernel's choices for a strategy with this overlap."""
-    overlap: Any = "none" if kernel == "plain" else kernel
-    placement = place((I, O), mesh_of(sizes), tpmlp.Strategy(overlap=overlap))
+    """Return the kernel's choices for a strategy that means it."""
+    placement = place((I, O), mesh_of(sizes), tpmlp.Strategy(**KERNELS[kernel][1]))
     return execution(placement, np.dtype(dtype))
+
+
+def num_blocks(sizes: Sizes, kernel: str) -> int:
+    """Return what widths are padded to multiples of."""
+    return NUM_PIECES if kernel == "invariant" else sizes[1] * sizes[2]
 
 
 def passes(W, b, h, g, *, kernel: str, run: Execution, axes: dict[str, str]):
     """Run one layer forward and backward on local blocks; return the tensors of TENSORS."""
-    layer = KERNELS[kernel]
+    layer, _ = KERNELS[kernel]
     h, g_all = layer.gather_input(h, run, **axes), layer.gather_gradient(g, run, **axes)
-    dW, db = layer.backward_weight(g_all, h, run, **axes), dense.backward_bias(g, **axes)
+    dW, db = layer.backward_weight(g_all, h, run, **axes), layer.backward_bias(g, **axes)
     return (
         layer.forward(W, b, h, run, **axes),
-        dense.reduce_weight(dW, run, **axes),
-        dense.reduce_bias(db, run, **axes),
+        layer.reduce_weight(dW, run, **axes),
+        layer.reduce_bias(db, run, **axes),
         layer.backward_input(W, g_all, run, **axes),
     )
 
@@ -87,23 +101,22 @@ def layer(sizes: Sizes, roles: str, dtype: str, kernel: str) -> dict[str, np.nda
         in_specs=tuple(specs[name] for name in "Wbhg"),
         out_specs=tuple(specs[name] for name in TENSORS),
     )
-    results = jax.jit(run)(*operands(sizes[1] * sizes[2], dtype).values())
+    results = jax.jit(run)(*operands(num_blocks(sizes, kernel), dtype).values())
     return dict(zip(TENSORS, map(np.asarray, results), strict=True))
 
 
-def by_numpy(sizes: Sizes, dtype: str) -> dict[str, np.ndarray]:
+def by_numpy(sizes: Sizes, dtype: str, kernel: str) -> dict[str, np.ndarray]:
     """Compute the same with NumPy: four lines of mathematics."""
-    W, b, h, g = operands(sizes[1] * sizes[2], dtype).values()
+    W, b, h, g = operands(num_blocks(sizes, kernel), dtype).values()
     return {"z": W @ h + b[:, None], "dW": g @ h.T, "db": g.sum(axis=1), "dh": W.T @ g}
 
 
 @pytest.mark.parametrize("tensor", TENSORS)
 @pytest.mark.parametrize("roles", ROLES)
-@pytest.mark.parametrize("sizes", MESHES, ids=name_of)
-@pytest.mark.parametrize("kernel", ["plain", "ring"])
+@pytest.mark.parametrize(("kernel", "sizes"), ON_MESHES, ids=name_of)
 def test_float64_tensor_equals_numpy(kernel, sizes, roles, tensor):
     got = layer(sizes, roles, "float64", kernel)[tensor]
-    assert relative_error(got, by_numpy(sizes, "float64")[tensor]) <= FLOAT64
+    assert relative_error(got, by_numpy(sizes, "float64", kernel)[tensor]) <= FLOAT64
 
 
 @pytest.mark.parametrize("tensor", TENSORS)
@@ -112,7 +125,7 @@ def test_float64_tensor_equals_numpy(kernel, sizes, roles, tensor):
 @pytest.mark.parametrize("kernel", ["plain", "bidirectional_ring"])
 def test_integer_tensor_equals_numpy_bit_for_bit(kernel, sizes, roles, tensor):
     got = layer(sizes, roles, "float32", kernel)[tensor]
-    np.testing.assert_array_equal(got, by_numpy(sizes, "float32")[tensor])
+    np.testing.assert_array_equal(got, by_numpy(sizes, "float32", kernel)[tensor])
 
 
 @pytest.mark.parametrize("kernel", ["plain", "ring"])

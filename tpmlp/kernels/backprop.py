@@ -9,6 +9,8 @@ rebuilt from it. Other choices of what is kept are a field of the strategy. The 
 unrolled; layers are a Python list, l at index l - 1.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 
 from tpmlp.activations import Activation, activate
 from tpmlp.collectives import block_index, transpose
-from tpmlp.kernels import dense, ring
+from tpmlp.kernels import blocks, dense, invariant, ring
 from tpmlp.kernels.execution import Execution, execution
 from tpmlp.placement import Placement
 from tpmlp.strategy import Strategy
@@ -133,9 +135,9 @@ def backward(
             z, g = recompute(layers, x, z, l, g, run, chain)
         before = x if l == 1 else z[l - 2]
         before, (W, b), g, _ = hold((before, layers[l - 1], g, done))
-        g_all = layer.gather_gradient(g.astype(run.compute), run, **axes)
+        g_all = layer.gather_gradient(run.to_compute(g), run, **axes)
         dh = layer.backward_input(whole_weight(W, g, run, axes), g_all, run, **axes)
-        db = None if b is None else dense.backward_bias(g, **axes)
+        db = None if b is None else layer.backward_bias(g, **axes)
         # Nobody may want dh of layer 1, and to wait for it would be to want it.
         before = after(before, dh if l > 1 else g if db is None else db)
         h = kept.h[l - 1]
@@ -144,9 +146,9 @@ def backward(
         dW = layer.backward_weight(g_all, h, run, **axes)
         dW = _in_turn(dW, grads, axes) if reduce else dW
         done = (dW, db)
-        grads.append(reduced(dW, db, run, axes) if reduce else (dW, db))
+        grads.append(reduced(dW, db, run, chain, axes) if reduce else (dW, db))
         if l > 1:
-            g = dh * sigma_prime(before.astype(run.total), l - 1, chain)
+            g = through_sigma(dh, before, l - 1, run, chain)
             # This layer's gradient first: it frees the two gathered arrays.
             g = after(g, grads[-1][0])
             all_g.append(g)
@@ -158,20 +160,38 @@ def reduce_gradients(grads: Layers, chain: Chain) -> Layers:
     """Sum gradients that are not reduced over the data axis."""
     run = execution(chain.placement, grads[0][0].dtype)
     return tuple(
-        reduced(dW, db, run, axes)
+        reduced(dW, db, run, chain, axes)
         for (dW, db), axes in zip(grads, chain.placement.axes, strict=True)
     )
 
 
 def sigma(z: jax.Array, layer: int, chain: Chain) -> jax.Array:
     """Compute h_{l+1} from z_l. Padding rows stay 0, whatever the activation makes of 0."""
-    h = activate(chain.activation, z)
+    h = elementwise(partial(activate, chain.activation), z, chain=chain)
     return h if chain.activation.fixes_zero else _mask(h, layer, chain)
 
 
 def sigma_prime(z: jax.Array, layer: int, chain: Chain) -> jax.Array:
     """Compute sigma'(z_l), 0 on padding rows, where a user's derivative need not be finite."""
-    return _mask(chain.activation.sigma_prime(z), layer, chain)
+    return _mask(elementwise(chain.activation.sigma_prime, z, chain=chain), layer, chain)
+
+
+def through_sigma(
+    dh: jax.Array, z: jax.Array, layer: int, run: Execution, chain: Chain
+) -> jax.Array:
+    """Compute g_l = dh * sigma'(z_l), 0 on padding rows."""
+
+    def g_of(dh: jax.Array, z: jax.Array) -> jax.Array:
+        return dh * chain.activation.sigma_prime(z)
+
+    return _mask(elementwise(g_of, dh, z.astype(run.total), chain=chain), layer, chain)
+
+
+def elementwise(function: Callable[..., jax.Array], *arrays: jax.Array, chain: Chain) -> jax.Array:
+    """Apply a function to arrays "O/g/s B/d" of one shape, whose sizes are those of any layer."""
+    if not chain.placement.is_invariant:
+        return function(*arrays)
+    return blocks.elementwise(function, *arrays, axes=chain.placement.axes[0])
 
 
 def _forward(
@@ -185,7 +205,7 @@ def _forward(
         gathered.append(layer.gather_input(h, run, **axes))
         W_l, b_l = whole_weight(W, h, run, axes), _bias(b, h, run, axes)
         z_l = layer.forward(W_l, b_l, gathered[-1], run, **axes)
-        before = z_l.astype(run.compute if l < len(layers) else W.dtype)
+        before = run.to_compute(z_l) if l < len(layers) else z_l.astype(W.dtype)
         z.append(before)
     return Forward(z, gathered)
 
@@ -193,8 +213,8 @@ def _forward(
 def layer_input(before: jax.Array, l: int, run: Execution, chain: Chain) -> jax.Array:
     """Return h_l, "I/s/g B/d" in the compute type, from z_{l-1}, or from x for layer 1."""
     if l > 1:
-        return sigma(before.astype(run.total), l - 1, chain).astype(run.compute)
-    x = before.astype(run.compute)
+        return run.to_compute(sigma(before.astype(run.total), l - 1, chain))
+    x = run.to_compute(before)
     return transpose("B/d I/s/g -> I/s/g B/d", x, **chain.placement.axes[0])
 
 
@@ -223,15 +243,18 @@ def _in_turn(dW: jax.Array, grads: list[Any], axes: dict[str, str]) -> jax.Array
 
 
 def reduced(
-    dW: jax.Array, db: jax.Array | None, run: Execution, axes: dict[str, str]
+    dW: jax.Array, db: jax.Array | None, run: Execution, chain: Chain, axes: dict[str, str]
 ) -> tuple[jax.Array, jax.Array | None]:
     """Sum a layer's gradients over the batch's parts, where its parameters are."""
-    dW = dense.reduce_weight(dW, run, **axes)
-    return dW, None if db is None else dense.reduce_bias(db, run, **axes)
+    layer = layer_functions(chain)
+    dW = layer.reduce_weight(dW, run, **axes)
+    return dW, None if db is None else layer.reduce_bias(db, run, **axes)
 
 
 def layer_functions(chain: Chain) -> Any:
     """Return the module whose functions make a layer."""
+    if chain.placement.is_invariant:
+        return invariant
     return dense if chain.placement.strategy.overlap == "none" else ring
 
 

@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "ppermute"]
+# Under reduction="invariant": blocks of outputs, of inputs and of samples; pieces of features that
+# both tensor axes split, and of a parameter. tpmlp.kernels.blocks says why.
+NUM_BLOCKS = 8
+NUM_PIECES = NUM_BLOCKS * NUM_BLOCKS
+
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "ppermute"]
 Phase = Literal["forward", "loss", "backward"]
 
 
@@ -22,7 +27,8 @@ class Collective:
         phase: "forward", "loss" or "backward".
         layer: l, 1-based; 0 for what belongs to no layer.
         tensor: what it moves, in the notation of the mathematics.
-        kind: "all_gather", "reduce_scatter" or "all_reduce"; "ppermute" for all hops of a ring.
+        kind: "all_gather", "reduce_scatter", "all_to_all" or "all_reduce"; "ppermute" for all hops
+            of a ring.
         axes: the mesh axes it runs over, none of size 1.
         num_devices: devices in one group, p.
         elements: elements of the whole: of the gathered array, of the array that is summed.
@@ -126,6 +132,7 @@ class Types:
         reduce: of what is summed over devices.
         hop: of what is summed on its way round a ring.
         ring: whether gathers and scatters of activations are rings of hops.
+        invariant: whether sums over devices are trees, of what an all-to-all or a gather brought.
         splits_data: whether parameters are split over the data axis.
         microbatches: parts of the batch.
     """
@@ -136,8 +143,14 @@ class Types:
     reduce: int
     hop: int
     ring: bool
+    invariant: bool
     splits_data: bool
     microbatches: int
+
+    @property
+    def accumulate(self) -> int:
+        """Bytes of an element of what microbatches are added up in."""
+        return max(self.total, 4)
 
     @property
     def scatter(self) -> int:
@@ -183,8 +196,15 @@ def backward_collectives(
 
 def gradient_collectives(shape: LayerShape, types: Types) -> list[Collective]:
     """Return the collectives that sum a layer's gradients over the data axis."""
+    if types.invariant:
+        rows: list[_Row] = [
+            ("backward", "dW", "all_to_all", "d", shape.W, types.reduce),
+            ("backward", "dW summed", "all_gather", "d", shape.W, types.total),
+            ("backward", "db", "all_gather", "d", shape.b * shape.size("d"), types.reduce),
+        ]
+        return _rows(shape, types, *rows[: 3 if shape.bias else 2])
     kind: Kind = "reduce_scatter" if types.splits_data else "all_reduce"
-    rows: list[_Row] = [("backward", "dW", kind, "d", shape.W, types.reduce)]
+    rows = [("backward", "dW", kind, "d", shape.W, types.reduce)]
     if shape.bias:
         rows.append(("backward", "db", kind, "d", shape.b, types.reduce))
     return _rows(shape, types, *rows, times=types.microbatches if types.splits_data else 1)
@@ -193,35 +213,54 @@ def gradient_collectives(shape: LayerShape, types: Types) -> list[Collective]:
 def loss_collectives(
     *,
     num_outputs: int,
+    gathers_outputs: bool,
+    gathers_targets: bool,
     num_reduced: int,
     mean: bool,
     batch: int,
     penalty: bool,
+    num_arrays: int,
     types: Types,
     sizes: dict[str, int],
 ) -> list[Collective]:
     """Return the collectives of the objective: losses, their mean, and R(W).
 
     Args:
-        num_outputs: padded width of the outputs that a user's loss gathers; 0 for the others.
+        num_outputs: padded width of the outputs.
+        gathers_outputs: whether they are gathered.
+        gathers_targets: whether targets, as many values, are.
         num_reduced: elements all-reduced over the tensor axes for each sample.
         mean: whether the total weight is divided by, and so needed.
         batch: samples of one microbatch on one device.
         penalty: whether there is an R(W) that each device sums on its own block.
+        num_arrays: arrays of parameters.
         types: bytes of an element.
         sizes: devices on each mesh axis.
     """
     tensor_axes = tuple(a for a in ("x", "y") if sizes[a] > 1)
     data_axes = ("data",) if sizes["data"] > 1 else ()
     split_axes = (*data_axes, *tensor_axes) if types.splits_data else tensor_axes
-    parts = types.microbatches
-    rows: list[tuple[str, Kind, tuple[str, ...], int, int]] = [
-        ("total weight", "all_reduce", data_axes, int(mean), 1),
-        ("outputs", "all_gather", tensor_axes, num_outputs * batch, parts),
-        ("loss of each sample", "all_reduce", tensor_axes, num_reduced * batch, parts),
-        ("loss, correct", "all_reduce", data_axes, 2, 1),
-        ("R(W)", "all_reduce", split_axes, int(penalty), 1),
+    parts, param, widest = types.microbatches, types.param, max(types.param, 4)
+    outputs = num_outputs * batch
+    rows: list[tuple[str, Kind, tuple[str, ...], int, int, int]] = [
+        ("outputs", "all_gather", tensor_axes, outputs * gathers_outputs, param, parts),
+        ("targets", "all_gather", tensor_axes, outputs * gathers_targets, param, parts),
     ]
+    if types.invariant:
+        # Summed by everyone: each number of each device, and of R(W) one for each block.
+        data = sizes["data"]
+        rows += [
+            ("total weight", "all_gather", data_axes, int(mean) * data, types.total, 1),
+            ("loss, correct", "all_gather", data_axes, 2 * data, types.total, 1),
+            ("R(W)", "all_gather", tensor_axes, penalty * num_arrays * NUM_PIECES, widest, 1),
+        ]
+    else:
+        rows += [
+            ("total weight", "all_reduce", data_axes, int(mean), param, 1),
+            ("loss of each sample", "all_reduce", tensor_axes, num_reduced * batch, param, parts),
+            ("loss, correct", "all_reduce", data_axes, 2, param, 1),
+            ("R(W)", "all_reduce", split_axes, int(penalty), param, 1),
+        ]
     return [
         Collective(
             phase="loss",
@@ -231,10 +270,10 @@ def loss_collectives(
             axes=names,
             num_devices=math.prod(sizes[name] for name in names),
             elements=elements,
-            item_bytes=types.param,
+            item_bytes=item_bytes,
             times=times,
         )
-        for tensor, kind, names, elements, times in rows
+        for tensor, kind, names, elements, item_bytes, times in rows
         if names and elements
     ]
 
@@ -259,7 +298,9 @@ _Row = tuple[Phase, str, Kind, str, int, int]
 
 
 def _kinds(types: Types) -> tuple[Kind, Kind]:
-    return ("ppermute", "ppermute") if types.ring else ("all_gather", "reduce_scatter")
+    if types.ring:
+        return "ppermute", "ppermute"
+    return "all_gather", "all_to_all" if types.invariant else "reduce_scatter"
 
 
 def _weight_gathers(shape: LayerShape, types: Types, phase: Phase, *, bias: bool) -> list[_Row]:

@@ -17,7 +17,7 @@ import jax
 
 from tpmlp.kernels import backprop
 from tpmlp.kernels.backprop import Chain, Layers
-from tpmlp.kernels.objective import at_outputs, sum_parts, sums_of, total_weight
+from tpmlp.kernels.objective import sum_parts, terms_of
 from tpmlp.losses import Loss
 
 
@@ -44,7 +44,8 @@ def gauss_newton_product(
     Returns:
         J^T H J v, laid out as the layers.
     """
-    total = total_weight(weight, chain)
+    terms = terms_of(chain)
+    total = terms.total_weight(weight, chain)
 
     def one_pass(x: Any, y: Any, weight: Any, reduce: bool) -> tuple[jax.Array, Layers]:
         def outputs(layers: Layers) -> tuple[jax.Array, Any]:
@@ -52,8 +53,8 @@ def gauss_newton_product(
             return passed.z[-1], backprop.keep(passed, chain).z
 
         def gradient(z: jax.Array) -> tuple[jax.Array, Any]:
-            sample, g = at_outputs(z, y, weight, total, chain, loss)
-            return g, sums_of(sample, weight, chain)
+            sums, g = terms.at_outputs(z, y, weight, total, chain, loss)
+            return g, sums
 
         z, dz, kept = jax.jvp(outputs, (layers,), (v,), has_aux=True)
         _, dg, sums = jax.jvp(gradient, (z,), (dz,), has_aux=True)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tpmlp.collectives import all_reduce, einsum
-from tpmlp.kernels import backprop, dense, norm, objective
+from tpmlp.kernels import backprop, objective
 from tpmlp.kernels.backprop import Chain, Forward, Kept, Layers
 from tpmlp.kernels.execution import execution
 from tpmlp.losses import Loss
@@ -114,7 +114,7 @@ def clipped_sum(
         factor = jnp.minimum(1, max_norm.astype(run.norms.dtype) / run.norms)
         g = [g_l * factor[None] for g_l in run.g]
         grads = _weight_gradients(layers, part[0], run.kept, g, chain, reduce=splits)
-        return jax.tree.map(jnp.add, total, grads), (run.losses, run.norms)
+        return objective.added(total, grads), (run.losses, run.norms)
 
     _, nothing = objective.no_samples(layers, chain)
     grads, (losses, norms_of_parts) = lax.scan(add, nothing, _parts(chain, x, y, weight))
@@ -131,7 +131,7 @@ def moments(
     run = clipped_sum(layers, x, y, weight, unclipped, chain=chain, loss=loss)
     terms = jnp.stack([(weight != 0).astype(run.norms.dtype), jnp.square(run.norms)])
     B, squares = all_reduce("K +d -> K", einsum("K B/d -> K +d", terms, **axes), **axes)
-    of_sum = jnp.square(norm.global_norm(run.grads, chain)).astype(B.dtype)
+    of_sum = jnp.square(objective.terms_of(chain).global_norm(run.grads, chain)).astype(B.dtype)
     return Moments(B, squares / B, of_sum / jnp.square(B))
 
 
@@ -145,7 +145,7 @@ def _recursion(
     layers: Layers, x: jax.Array, y: Any, weight: jax.Array, *, chain: Chain, loss: Loss
 ) -> _Recursion:
     passed = backprop.forward(layers, x, chain)
-    sample = objective.per_sample(passed.z[-1], y, chain, loss)
+    sample = objective.terms_of(chain).per_sample(passed.z[-1], y, chain, loss)
     g = jnp.where(weight[None] != 0, sample.gradient, 0)
     kept = backprop.keep(passed, chain)
     all_g = _output_gradients(layers, x, kept, g, chain)
@@ -182,10 +182,10 @@ def _output_gradients(
         if z[l - 2] is None:
             z, g = backprop.recompute(layers, x, z, l, g, run, chain)
         before, W, g = hold((z[l - 2], layers[l - 1][0], g))
-        g_all = layer.gather_gradient(g.astype(run.compute), run, **axes)
+        g_all = layer.gather_gradient(run.to_compute(g), run, **axes)
         W = backprop.whole_weight(W, g, run, axes)
         dh = layer.backward_input(W, g_all, run, **axes)
-        g = dh * backprop.sigma_prime(before.astype(run.total), l - 1, chain)
+        g = backprop.through_sigma(dh, before, l - 1, run, chain)
         all_g.append(g)
     return all_g[::-1]
 
@@ -206,12 +206,12 @@ def _weight_gradients(
         if l > 1 and z[l - 2] is None:
             z, g = backprop.recompute(layers, x, z, l, g, run, chain)
         before, g, _ = hold((x if l == 1 else z[l - 2], g, grads[-1:]))
-        g_all = layer.gather_gradient(g.astype(run.compute), run, **axes)
+        g_all = layer.gather_gradient(run.to_compute(g), run, **axes)
         h = kept.h[l - 1]
         if h is None:
             h = backprop.layer_input(after(before, g), l, run, chain)
             h = layer.gather_input(h, run, **axes)
         dW = layer.backward_weight(g_all, h, run, **axes)
-        db = None if b is None else dense.backward_bias(g, **axes)
-        grads.append(backprop.reduced(dW, db, run, axes) if reduce else (dW, db))
+        db = None if b is None else layer.backward_bias(g, **axes)
+        grads.append(backprop.reduced(dW, db, run, chain, axes) if reduce else (dW, db))
     return tuple(reversed(grads))

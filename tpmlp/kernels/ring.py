@@ -27,7 +27,19 @@ from jax import lax
 
 from tpmlp import xla
 from tpmlp.collectives import shift, zeros
+from tpmlp.kernels.dense import backward_bias, reduce_bias, reduce_weight
 from tpmlp.kernels.execution import Execution
+
+__all__ = [
+    "backward_bias",
+    "backward_input",
+    "backward_weight",
+    "forward",
+    "gather_gradient",
+    "gather_input",
+    "reduce_bias",
+    "reduce_weight",
+]
 
 
 class Blocks:

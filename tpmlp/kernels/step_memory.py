@@ -59,9 +59,9 @@ class StepTape:
     def totals(self) -> list[Buffer]:
         """Tell the gradients that every microbatch adds to; they become results if they can."""
         types, shapes = self.types, self.shapes
-        stay = (types.splits_data or shapes[0].size("d") == 1) and types.total == types.param
+        stay = (types.splits_data or shapes[0].size("d") == 1) and types.accumulate == types.param
         return [
-            self.tape.make("sum of dW", self.dW_words(shape) * types.total, result=stay)
+            self.tape.make("sum of dW", self.dW_words(shape) * types.accumulate, result=stay)
             for shape in shapes
         ]
 

@@ -48,6 +48,8 @@ def fit(
 ) -> FitResult:
     """Train a model; the same numbers on every mesh, up to rounding.
 
+    With Strategy(reduction="invariant") the same bits: losses, parameters, the optimiser's state.
+
     Args:
         model: the model.
         data: (x, y) or (x, y, weight), anything that NumPy takes. Rows of weight 0 are left out.

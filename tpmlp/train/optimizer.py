@@ -21,6 +21,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tpmlp.extras import require
+from tpmlp.kernels.blocks import Cut, blocks_of, parameter_cuts, run_blocks
 from tpmlp.model import MLP, Params, param_shardings
 from tpmlp.placement import Placement
 
@@ -52,17 +53,23 @@ class MaskedOptimizer:
     def init(self, params: Params) -> State:
         """Return the first state."""
         with standard_promotion():
-            return self._mask(self.tx.init(params))
+            return self.mask(self.tx.init(params))
 
     def update(
         self, grads: Params, state: State, params: Params, value: jax.Array
     ) -> tuple[Params, State]:
         """Return what to add to the parameters, and the next state."""
+        updates, state = self.update_unmasked(grads, state, params, value)
+        return self.mask(updates), self.mask(state)
+
+    def update_unmasked(
+        self, grads: Params, state: State, params: Params, value: jax.Array
+    ) -> tuple[Params, State]:
+        """Return what the transformation says, in the parameters' types."""
         extra = {"value": value} if _takes_value(self.tx) else {}
         with standard_promotion():
             updates, state = self.tx.update(grads, state, params, **extra)
-        updates = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)
-        return self._mask(updates), self._mask(state)
+        return jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params), state
 
     def map_like_params(
         self, function: Callable[[Any, Any], Any], tree: Tree, other: Tree, default: Any
@@ -87,7 +94,9 @@ class MaskedOptimizer:
 
         return jax.tree.map_with_path(at, tree)
 
-    def _mask(self, tree: Tree) -> Tree:
+    def mask(self, tree: Tree) -> Tree:
+        """Return a state, or updates, with 0 on padding."""
+
         def cut(leaf: Any, logical: Any) -> Any:
             return mask(leaf, logical.shape)
 
@@ -142,8 +151,58 @@ class ShardedOptimizer:
         self, grads: Params, state: State, params: Params, value: jax.Array
     ) -> tuple[Params, State]:
         """Return the next parameters and state; traced."""
-        updates, state = self.masked.update(grads, state, params, value)
+        update = self._update_in_blocks if self.placement.is_invariant else self.masked.update
+        updates, state = update(grads, state, params, value)
         return jax.tree.map(jnp.add, params, updates), state
+
+    def _update_in_blocks(
+        self, grads: Params, state: State, params: Params, value: jax.Array
+    ) -> tuple[Params, State]:
+        """Update one block after another, of one shape on every mesh (tpmlp.kernels.blocks)."""
+        placed = param_shardings(self.model, self.placement)
+        specs = jax.tree.map(lambda s: s.spec, (placed, self.state_shardings))
+
+        def body(value: jax.Array, *trees: Any) -> Any:
+            leaves, structure = jax.tree.flatten(trees)
+            result = jax.tree.structure(trees[:2])
+            cuts = tuple(
+                (W, b if self.model.bias else None)
+                for W, b in map(parameter_cuts, self.placement.axes)
+            )
+            # Shapes of the state are compared with those of whole parameters.
+            of_state = self.masked.map_like_params(_extended, state, cuts, _uncut)
+            all_cuts = jax.tree.leaves((cuts, of_state, cuts))
+
+            def of_block(value: jax.Array, *leaves: jax.Array) -> list[jax.Array]:
+                grads, state, params = jax.tree.unflatten(structure, leaves)
+                return jax.tree.leaves(self.masked.update_unmasked(grads, state, params, value))
+
+            num_blocks = blocks_of("g", "s", axes=self.placement.axes[-1])
+            results = run_blocks(
+                of_block,
+                [value, *leaves],
+                [_uncut(value), *all_cuts],
+                all_cuts[: result.num_leaves],
+                num_blocks,
+            )
+            return jax.tree.unflatten(result, results)
+
+        updates, state = jax.shard_map(
+            body,
+            mesh=self.placement.mesh,
+            in_specs=(PartitionSpec(), *specs, specs[0]),
+            out_specs=specs,
+        )(value, grads, state, params)
+        return self.masked.mask(updates), self.masked.mask(state)
+
+
+def _extended(leaf: Any, cut: Cut) -> Cut:
+    """Return the cut of a part of the state that is like a parameter, with dims before its own."""
+    return Cut("-" * (leaf.ndim - len(cut.dims)) + cut.dims, cut.counts)
+
+
+def _uncut(leaf: Any) -> Cut:
+    return Cut("-" * leaf.ndim, {})
 
 
 def param_shapes(

@@ -37,6 +37,10 @@ TOLERANCE = 2e-5
 # The probe runs a few small steps: compiling well would take longer than it saves.
 QUICKLY = {"xla_backend_optimization_level": 0}
 
+# What of every dim of every array the probe gives to an optimiser.
+ALL = slice(None)
+EVERY_SECOND = (slice(0, None, 2), slice(1, None, 2))
+
 # What a transformation raises when it is not given what it needs, or not by itself.
 REFUSALS = (TypeError, ValueError, AttributeError, KeyError, IndexError)
 
@@ -73,9 +77,12 @@ def make_optimizer(
     widths = (placement.widths, placement.padded_widths)
     setting = _Setting(*widths, bias=model.bias, dtype=jnp.dtype(dtype))
     _check_arguments(optimizer, setting)
-    if placement.is_padded:
+    if placement.is_padded or placement.is_invariant:
         with jax.default_device(placement.mesh.local_devices[0]), jax.enable_x64(True):
-            _check_padding(optimizer, setting, placement)
+            if placement.is_invariant:
+                _check_elementwise(optimizer, setting)
+            else:
+                _check_padding(optimizer, setting, placement)
     return ShardedOptimizer(model, placement, setting.optimizer(optimizer))
 
 
@@ -101,6 +108,11 @@ class _Setting:
     def plain(self) -> "_Setting":
         """Return the setting without padding."""
         return _Setting(self.widths, self.widths, self.bias, self.dtype)
+
+    def even(self) -> "_Setting":
+        """Return the setting with widths made even, and no padding."""
+        widths = tuple(width + width % 2 for width in self.widths)
+        return _Setting(widths, widths, self.bias, self.dtype)
 
     def small(self) -> "_Setting":
         """Return the setting with large widths made smaller, and the same padding."""
@@ -153,6 +165,36 @@ def _check_padding(tx: Any, setting: _Setting, placement: Placement) -> None:
     )
 
 
+def _check_elementwise(tx: Any, setting: _Setting) -> None:
+    """Refuse what looks at more than one element: in blocks it would do something else."""
+    if _is_elementwise(tx, setting):
+        return
+    names = culprits(
+        tx, lambda part: not _is_refused(part, setting) and not _is_elementwise(part, setting)
+    )
+    raise ValueError(
+        "optimizer must be elementwise with reduction='invariant', which updates one block of the "
+        f"parameters after another: got {', '.join(names)}. Use for example optax.adam(1e-3) or "
+        "optax.sgd(0.1, momentum=0.9), or reduction='fast'."
+    )
+
+
+def _is_elementwise(tx: Any, setting: _Setting) -> bool:
+    """Whether every second row and column, without the others, is updated as it is with them."""
+    small = setting.small().even()
+    silent = False
+    whole, *parts = (_updates(tx, small, rows) for rows in (ALL, *EVERY_SECOND))
+    for together, *apart in zip(whole, *parts, strict=True):
+        for rows, updates in zip(EVERY_SECOND, apart, strict=True):
+            if not _agree(together[:, *(rows,) * (together.ndim - 1)], updates):
+                return False
+        silent = silent or not together.any()
+    judged_by_parts = silent or _waits(tx)
+    return not judged_by_parts or all(
+        _is_refused(part, setting) or _is_elementwise(part, setting) for part in members(tx)
+    )
+
+
 def _differs(member: Any, setting: _Setting) -> bool:
     """Whether a part of a transformation, by itself, is changed by padding."""
     return not _is_refused(member, setting) and not _is_reproduced(member, setting)
@@ -186,14 +228,20 @@ def _form(tx: Any, setting: _Setting) -> Any:
     return structure, tuple(leaf.ndim for leaf in leaves)
 
 
-def _updates(tx: Any, setting: _Setting) -> list[np.ndarray]:
-    """Return the updates of every parameter at logical widths, steps along the first dim."""
+def _updates(tx: Any, setting: _Setting, rows: slice = ALL) -> list[np.ndarray]:
+    """Return the updates of every parameter at logical widths, steps along the first dim.
+
+    Args:
+        tx: the transformation.
+        setting: the widths.
+        rows: what of every dim of every array it is given.
+    """
     optimizer = setting.optimizer(tx)
     rng = np.random.default_rng(0)
 
     def draw() -> Any:
         return jax.tree.map(
-            lambda whole, part: _fill(rng.normal(size=part.shape), whole),
+            lambda whole, part: _fill(rng.normal(size=part.shape), whole)[(rows,) * whole.ndim],
             optimizer.padded,
             optimizer.logical,
         )

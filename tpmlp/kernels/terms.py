@@ -1,0 +1,115 @@
+"""What the objective sums, on one device's blocks: over samples, over outputs, over parameters.
+
+    total weight   sum_i w_i                  loss   sum_i w_i loss(z_{L+1, i}, y_i)
+    R(W)           sum over the elements      g_{L+1}, with the weight of each sample in it
+
+tpmlp.kernels.invariant_terms has the same functions, in an order of sums that no mesh changes.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tpmlp.collectives import all_reduce, einsum, transpose
+from tpmlp.kernels.backprop import Chain, Layers
+from tpmlp.losses import Head, Loss, PerSample
+from tpmlp.regularizers import ElementwisePenalty
+
+
+def total_weight(weight: jax.Array, chain: Chain) -> jax.Array:
+    """Return the sum of the weights of all samples, from those of this device's."""
+    axes = chain.placement.axes[-1]
+    return all_reduce("+d -> ", einsum("B/d -> +d", weight, **axes), **axes)
+
+
+def per_sample(z: jax.Array, y: Any, chain: Chain, loss: Loss) -> PerSample:
+    """Return each sample's own loss and its gradient by z = z_{L+1}, "C/g/s B/d"."""
+    axes = chain.placement.axes[-1]
+    if loss.targets == "values":
+        y = transpose("B/d C/g/s -> C/g/s B/d", y, **axes)
+    return loss.per_sample(z, y, Head(num_outputs=chain.placement.widths[-1], axes=axes))
+
+
+def at_outputs(
+    z: jax.Array, y: Any, weight: jax.Array, total: jax.Array, chain: Chain, loss: Loss
+) -> tuple[jax.Array, jax.Array]:
+    """Return the sums of loss and correct over this device's samples, and g_{L+1}.
+
+    Args:
+        z: z_{L+1}, "C/g/s B/d".
+        y: targets, "B/d" or "B/d C/g/s" as the loss says.
+        weight: "B/d".
+        total: the total weight, of all samples.
+        chain: placement and activation.
+        loss: the loss.
+
+    Returns:
+        sums: of the weighted terms, "K +d" with K = 2.
+        g: "C/g/s B/d", 0 for samples of weight 0.
+    """
+    sample = per_sample(z, y, chain, loss)
+    sums = einsum("K B/d -> K +d", weighted(sample, weight), **chain.placement.axes[-1])
+    return sums, weighted_gradient(sample, weight, total, loss)
+
+
+def weighted(sample: PerSample, weight: jax.Array) -> jax.Array:
+    """Return loss and correct of each sample times its weight, "K B/d"."""
+    correct = jnp.full_like(sample.loss, jnp.nan) if sample.correct is None else sample.correct
+    return jnp.stack([jnp.where(weight != 0, weight * term, 0) for term in (sample.loss, correct)])
+
+
+def weighted_gradient(
+    sample: PerSample, weight: jax.Array, total: jax.Array, loss: Loss
+) -> jax.Array:
+    """Return g_{L+1}; 0 for samples of weight 0, whatever their gradient is."""
+    scale = weight / total if loss.reduction == "mean" else weight
+    return jnp.where(weight[None] != 0, sample.gradient * scale[None], 0)
+
+
+def means(
+    sums: jax.Array, total: jax.Array, chain: Chain, loss: Loss
+) -> tuple[jax.Array, jax.Array]:
+    """Return the loss of all samples and the share of right predictions, from "K +d" sums."""
+    return divided(all_reduce("K +d -> K", sums, **chain.placement.axes[-1]), total, loss)
+
+
+def divided(sums: jax.Array, total: jax.Array, loss: Loss) -> tuple[jax.Array, jax.Array]:
+    """Divide sums of loss and correct by the total weight."""
+    loss_sum, correct = sums
+    total = total.astype(sums.dtype)
+    return loss_sum / total if loss.reduction == "mean" else loss_sum, correct / total
+
+
+def penalty_value(layers: Layers, chain: Chain, penalty: ElementwisePenalty) -> jax.Array:
+    """Compute R(W): each device sums its blocks, and one all-reduce adds the sums."""
+    counted = [a for W, b in layers for a in (W, b if penalty.biases else None) if a is not None]
+    local = jnp.sum(jnp.stack([penalty.value(block) for block in counted]))
+    partial = "+g+s+d -> " if chain.placement.splits_data else "+g+s -> "
+    return all_reduce(partial, local, **chain.placement.axes[-1])
+
+
+def add_penalty(layers: Layers, grads: Layers, chain: Chain, penalty: ElementwisePenalty) -> Layers:
+    """Add the gradient of R to gradients in the parameters' type."""
+    return tuple(
+        (
+            dW + penalty.gradient(W),
+            db + penalty.gradient(b) if penalty.biases and b is not None else db,
+        )
+        for (W, b), (dW, db) in zip(layers, grads, strict=True)
+    )
+
+
+def global_norm(layers: Layers, chain: Chain) -> jax.Array:
+    """Compute the norm of all parameters: each device sums its blocks, one all-reduce the sums."""
+    dtype = norm_dtype(layers)
+    partial = "+g+s+d -> " if chain.placement.splits_data else "+g+s -> "
+    blocks = jax.tree.leaves(layers)
+    squares = jnp.stack([jnp.sum(jnp.square(block.astype(dtype))) for block in blocks])
+    return jnp.sqrt(all_reduce(partial, jnp.sum(squares), **chain.placement.axes[-1]))
+
+
+def norm_dtype(layers: Layers) -> Any:
+    """Return the widest type of the blocks and float32."""
+    types = [jnp.dtype(jnp.float32), *(block.dtype for block in jax.tree.leaves(layers))]
+    return max(types, key=lambda dtype: dtype.itemsize)
