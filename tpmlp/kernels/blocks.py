@@ -68,6 +68,7 @@ class Cut:
         return [n * self.counts.get(d, 1) for n, d in zip(block.shape, self.dims, strict=True)]
 
     def _starts(self, shape: Sequence[int], k: jax.Array) -> list[jax.Array]:
+        k = lax.convert_element_type(k, jnp.int32)
         index: dict[str, jax.Array] = {}
         for letter, count in reversed(self.counts.items()):
             index[letter], k = lax.rem(k, jnp.int32(count)), lax.div(k, jnp.int32(count))
@@ -152,7 +153,7 @@ def blockwise(
         *arrays: the operands.
 
     Examples:
-        >>> x = jnp.arange(8.0).reshape(2, 4)
+        >>> x = jnp.arange(8, dtype=jnp.float32).reshape(2, 4)
         >>> blockwise("ij->ij", {"j": 2}, lambda block: block.sum(axis=1, keepdims=True), x)
         Array([[ 1.,  5.],
                [ 9., 13.]], dtype=float32)
