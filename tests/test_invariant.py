@@ -121,6 +121,8 @@ def history_of(
         found[f"step {record['step']}"] = bits(numbers)
     assert result.steps == len(result.history) == NUM_STEPS
     found["trained"] = bits(tpmlp.to_numpy(model, result.params))
+    if strategy.reduction == "invariant":  # Else the state is padded otherwise on each mesh.
+        found["state of the optimiser"] = bits(result.opt_state)
     return found
 
 

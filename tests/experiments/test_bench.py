@@ -323,12 +323,14 @@ def run(tmp_path):
     return lambda *args: bench.main([*TINY, "--out", str(tmp_path), *args])
 
 
-def test_both_tables_the_verdicts_and_the_figure_come_from_one_record(finished):
+def test_the_tables_the_verdicts_and_the_figure_come_from_one_record(finished):
     out, printed = finished
     assert "time / automatic" in printed
     assert "the best layout, keep and mesh" in printed
+    assert 'reduction="invariant" over the default' in printed
     assert "seconds to compile the deep network" in printed
     record = read(out / "bench.json")
+    assert [len(row["seconds"]) for row in record["invariant"][0]["rows"]] == [2, 2]
     rows = record["default"][0]["rows"]
     assert {r["group"] for r in rows} == {"kernel", "automatic", "unsharded", "products"}
     assert {len(r["seconds"]) for r in rows} <= {0, 2}
