@@ -28,6 +28,7 @@ from tpmlp.layout import (
     parse_signature,
     reduced,
     scattered,
+    turned,
 )
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "shift",
     "transpose",
     "tree_sum",
+    "turn",
     "zeros",
 ]
 
@@ -170,6 +172,31 @@ def shift(layout: str, x: jax.Array, role: str, by: int, **axes: str) -> jax.Arr
     size = xla.axis_size(axes[role])
     pairs = [((i + by) % size, i) for i in range(size)]
     return _moved(lambda x: lax.ppermute(x, axes[role], pairs), x)
+
+
+def turn(signature: str, x: jax.Array, **axes: str) -> jax.Array:
+    """Exchange the order of the two axes that split a dim.
+
+    Every device sends its block to the one whose it is in the other order, and gets one.
+
+    Args:
+        signature: for example "F/s/g B/d -> F/g/s B/d".
+        x: the local block.
+        **axes: mesh axis of each role.
+
+    Raises:
+        LayoutError: the signature does no such thing, or does not describe x.
+    """
+    parsed = parse_signature(signature)
+    (major, minor) = turned(parsed)
+    _check_operand(parsed, parsed.operands[0], x, axes)
+    names = _live((major, minor), axes)
+    if len(names) < 2:
+        return x
+    majors, minors = map(xla.axis_size, names)
+    # Device (i, j), number i * minors + j, holds that block; after, block j * majors + i.
+    pairs = [(j * majors + i, i * minors + j) for i in range(majors) for j in range(minors)]
+    return _moved(lambda x: lax.ppermute(x, names, pairs), x)
 
 
 def einsum(

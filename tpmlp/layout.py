@@ -177,6 +177,15 @@ def reduced(signature: Signature) -> tuple[str, ...]:
     return summed
 
 
+def turned(signature: Signature) -> tuple[str, str]:
+    """Return the two axes whose order in a dim is exchanged, major first."""
+    operand, result = _one_operand(signature)
+    _, before, after = _changed_dim(signature, operand, result)
+    if operand.partial or result.partial or len(before) != 2 or after != before[::-1]:
+        raise signature.refuse("is no turn. Write the two axes of one dim the other way round.")
+    return before[0], before[1]
+
+
 @cache
 def einsum_formula(text: str) -> str:
     """Return the subscripts of an einsum whose signature is honest.

@@ -24,22 +24,16 @@ from tpmlp.strategy import Strategy
 OTHER = {"column": "row", "row": "column"}
 
 
-@dataclass(frozen=True)
-class Placement:
-    """The roles of every layer of a chain of dense layers on a mesh, and what follows from them.
-
-    Layers are counted from 1 as in the mathematics; tuples hold layer l at index l - 1.
+@dataclass(frozen=True, kw_only=True)
+class OnMesh:
+    """A mesh and a strategy, and what follows from them for the placement of any model.
 
     Attributes:
-        widths: logical widths d_0 .. d_{L+1}.
         mesh: the mesh.
-        words: "column" or "row" for each layer.
-        strategy: the strategy that the words come from.
+        strategy: the strategy.
     """
 
-    widths: tuple[int, ...]
     mesh: Mesh
-    words: tuple[str, ...]
     strategy: Strategy
 
     @property
@@ -70,11 +64,6 @@ class Placement:
         return self.strategy.shard_weights and self.sizes["data"] > 1
 
     @property
-    def param_layouts(self) -> tuple[str, str]:
-        """Layouts of (W_l, b_l): as the layer multiplies them, or split over data besides."""
-        return ("O/g/d I/s", "O/g/s/d") if self.splits_data else ("O/g I/s", "O/g/s")
-
-    @property
     def platform(self) -> str:
         """The kind of device: "cpu", "tpu", "gpu"."""
         return self.mesh.devices.flat[0].platform
@@ -83,6 +72,26 @@ class Placement:
     def sizes(self) -> dict[str, int]:
         """Devices on each mesh axis."""
         return dict(self.mesh.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement(OnMesh):
+    """The roles of every layer of a chain of dense layers on a mesh, and what follows from them.
+
+    Layers are counted from 1 as in the mathematics; tuples hold layer l at index l - 1.
+
+    Attributes:
+        widths: logical widths d_0 .. d_{L+1}.
+        words: "column" or "row" for each layer, as the strategy says.
+    """
+
+    widths: tuple[int, ...]
+    words: tuple[str, ...]
+
+    @property
+    def param_layouts(self) -> tuple[str, str]:
+        """Layouts of (W_l, b_l): as the layer multiplies them, or split over data besides."""
+        return ("O/g/d I/s", "O/g/s/d") if self.splits_data else ("O/g I/s", "O/g/s")
 
     @cached_property
     def padded_widths(self) -> tuple[int, ...]:
@@ -97,7 +106,7 @@ class Placement:
     @cached_property
     def axes(self) -> tuple[dict[str, str], ...]:
         """Mesh axis of the roles g, s and d, for each layer."""
-        main, other = _tensor_axes(self.mesh)
+        main, other = tensor_axes(self.mesh)
         bind = {
             "column": {"g": main, "s": other, "d": "data"},
             "row": {"g": other, "s": main, "d": "data"},
@@ -142,6 +151,11 @@ def place(widths: tuple[int, ...], mesh: Mesh, strategy: Strategy | None = None)
         >>> place((64, 16, 256), make_mesh(x=4, y=1), Strategy()).words
         ('row', 'column')
     """
+    return _place(widths, mesh, check_strategy(strategy, mesh))
+
+
+def check_strategy(strategy: Strategy | None, mesh: Mesh) -> Strategy:
+    """Return the strategy, Strategy() for None, or refuse what the mesh cannot do."""
     if not isinstance(strategy, Strategy | None):
         raise ValueError(
             f"strategy must be a tpmlp.Strategy: got strategy={strategy!r}. Use for example "
@@ -152,7 +166,7 @@ def place(widths: tuple[int, ...], mesh: Mesh, strategy: Strategy | None = None)
             f"mesh axis stage must be 1, as no schedule uses it: got stage={mesh.shape['stage']}. "
             "Give these devices to x, y or data."
         )
-    return _place(widths, mesh, _checked(strategy or Strategy(), mesh))
+    return _checked(strategy or Strategy(), mesh)
 
 
 def _checked(strategy: Strategy, mesh: Mesh) -> Strategy:
@@ -208,7 +222,7 @@ def _place(widths: tuple[int, ...], mesh: Mesh, strategy: Strategy) -> Placement
             f"layout={layout!r}, x={x}, y={y}, layers {clash} and {clash + 1} both "
             f"{words[clash]!r}. Use layout='alternate' or 'auto', or a mesh with x=1 or y=1."
         )
-    return Placement(widths, mesh, words, strategy)
+    return Placement(widths=widths, mesh=mesh, words=words, strategy=strategy)
 
 
 def _words(layout: str | tuple[str, ...], widths: tuple[int, ...], mesh: Mesh) -> tuple[str, ...]:
@@ -228,7 +242,7 @@ def _alternate(first: str, num_layers: int) -> tuple[str, ...]:
 
 def _fewest_words(widths: tuple[int, ...], mesh: Mesh) -> tuple[str, ...]:
     """Choose the layout that moves the fewest words; column where it makes no difference."""
-    main, other = (mesh.shape[axis] for axis in _tensor_axes(mesh))
+    main, other = (mesh.shape[axis] for axis in tensor_axes(mesh))
     wide = [padded(width, main * other) for width in widths]
 
     def words(layer: int, word: str) -> float:
@@ -245,6 +259,6 @@ def _fewest_words(widths: tuple[int, ...], mesh: Mesh) -> tuple[str, ...]:
     return candidates[int(np.argmin(totals))]
 
 
-def _tensor_axes(mesh: Mesh) -> tuple[str, str]:
+def tensor_axes(mesh: Mesh) -> tuple[str, str]:
     """Return the axis that "column" gathers over, and the other one."""
     return ("y", "x") if mesh.shape["x"] == 1 else ("x", "y")

@@ -14,12 +14,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from tpmlp.activations import Activation, activate
-from tpmlp.collectives import block_index, transpose
+from tpmlp.collectives import transpose
 from tpmlp.kernels import blocks, dense, invariant, ring
 from tpmlp.kernels.execution import Execution, execution
+from tpmlp.kernels.padding import clear_rows
 from tpmlp.placement import Placement
 from tpmlp.strategy import Strategy
 from tpmlp.xla import after, axis_size, hold
@@ -277,6 +277,4 @@ def _mask(array: jax.Array, layer: int, chain: Chain) -> jax.Array:
     width, whole = (w[layer] for w in (chain.placement.widths, chain.placement.padded_widths))
     if width == whole:
         return array
-    first = block_index("O/g/s", **chain.placement.axes[layer - 1]) * array.shape[0]
-    rows = first + jnp.arange(array.shape[0], dtype=jnp.int32)
-    return jnp.where((rows < width)[:, None], array, 0)
+    return clear_rows(array, width, "O/g/s", **chain.placement.axes[layer - 1])

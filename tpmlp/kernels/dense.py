@@ -101,8 +101,17 @@ def backward_input(W: jax.Array, g: jax.Array, run: Execution, /, **axes: str) -
     Returns:
         dh: "I/s/g B/d", d loss / d h, in the total type.
     """
+    return scatter_input_gradient(backward_product(W, g, run, **axes), run, **axes)
+
+
+def backward_product(W: jax.Array, g: jax.Array, run: Execution, /, **axes: str) -> jax.Array:
+    """Compute W^T g, "I/s B/d +g" in the reduce type, from W "O/g I/s" and g "O/g B/d"."""
     dtype = run.sum_dtype(axes["g"])
-    dh = einsum("O/g I/s, O/g B/d -> I/s B/d +g", W, g, dtype=dtype, **axes)
+    return einsum("O/g I/s, O/g B/d -> I/s B/d +g", W, g, dtype=dtype, **axes)
+
+
+def scatter_input_gradient(dh: jax.Array, run: Execution, /, **axes: str) -> jax.Array:
+    """Sum dh "I/s B/d +g" where h is, "I/s/g B/d" in the total type: `gather_input`, transposed."""
     return reduce_scatter("I/s B/d +g -> I/s/g B/d", dh, **axes).astype(run.total)
 
 

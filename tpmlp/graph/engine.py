@@ -1,0 +1,398 @@
+"""The engine: a graph forward in its order and backward in reverse, on one device's blocks.
+
+    r_v = F_{W_v}(r of the in-neighbours)
+    g_v = sum over the out-neighbours v' of (d F_{v'} / d r_v)^T g_{v'}
+    dW_v = (d F_v / d W_v)^T g_v
+
+Every operation states both directions (tpmlp.graph.rules); this module says when they happen, what
+is kept between them, and what is built again. An r_v is kept only where a backward pass reads it
+and it cannot be built again from what is kept without a collective; as in the chain of dense layers
+(tpmlp.kernels.backprop), a gather is made again. What is built again is there from its last reader
+back to the operation itself.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tpmlp.collectives import all_gather, all_reduce, reduce_scatter, transpose
+from tpmlp.graph.kinds import ActivityL1, Dropout, Source
+from tpmlp.graph.placement import GATHER, GraphPlacement, Node
+from tpmlp.graph.rules import RULES, Given, Rule
+from tpmlp.graph.rules.elementwise import activity_value
+from tpmlp.kernels.execution import Execution, execution
+from tpmlp.xla import after, axis_size, hold, on_cpu
+
+Params = Mapping[str, Mapping[str, jax.Array]]
+Arrays = dict[str, jax.Array]
+
+
+class Kept(NamedTuple):
+    """What the forward pass leaves for the backward pass.
+
+    Attributes:
+        values: r by node, in the compute type.
+        residues: what rules keep beside it.
+    """
+
+    values: Arrays
+    residues: dict[str, Any]
+
+
+class Forward(NamedTuple):
+    """What the forward pass gives.
+
+    Attributes:
+        output: r of the output vertex, in the parameters' type.
+        activity: what vertices add to the objective, a scalar that is equal on all devices.
+        values: r of every node; what nothing reads is freed.
+        kept: for the backward pass.
+    """
+
+    output: jax.Array
+    activity: jax.Array
+    values: Arrays
+    kept: Kept
+
+
+class Backward(NamedTuple):
+    """What the backward pass gives.
+
+    Attributes:
+        grads: laid out as the parameters; sums over this device's samples if not reduced.
+        g: of every vertex, laid out as r, in the total type.
+        inputs: of the graph's inputs of features, "F/s/g B/d"; free when not used.
+    """
+
+    grads: Params
+    g: Arrays
+    inputs: Arrays
+
+
+def rule_of(node: Node) -> Rule:
+    """Return the rule of a node that is no source."""
+    return RULES[type(node.kind)]
+
+
+def reads(node: Node) -> tuple[str, ...]:
+    """Return the nodes that the backward pass of a node reads."""
+    positions = rule_of(node).reads
+    return node.inputs if positions is None else tuple(node.inputs[i] for i in positions)
+
+
+def is_rebuilt(node: Node, placement: GraphPlacement) -> bool:
+    """Return whether r of a node that is read is built again, rather than kept."""
+    if isinstance(node.kind, Source):
+        return True  # from the samples themselves
+    if node.kind is GATHER:
+        return placement.strategy.keep != "gathered"
+    return rule_of(node).rebuild is not None
+
+
+def kept_names(placement: GraphPlacement) -> frozenset[str]:
+    """Return the nodes whose r is kept for the backward pass, recomputation not considered."""
+    program = [node for node in placement.program if not isinstance(node.kind, Source)]
+    needed = {name for node in program for name in reads(node)}
+    for node in reversed(program):
+        if node.name in needed and is_rebuilt(node, placement):
+            needed |= set(node.inputs)
+    nodes = placement.nodes
+    return frozenset(name for name in needed if not is_rebuilt(nodes[name], placement))
+
+
+def param_dtype(params: Params) -> Any:
+    """Return the type of the parameters; JAX's own where there are none."""
+    leaves = jax.tree.leaves(params)
+    return leaves[0].dtype if leaves else jax.dtypes.canonicalize_dtype(float)
+
+
+def given_for(
+    placement: GraphPlacement,
+    params: Params,
+    *,
+    words: jax.Array | None = None,
+    first_sample: Any = 0,
+    scale: jax.Array | None = None,
+) -> Given:
+    """Return what a pass is given beside parameters and inputs."""
+    run = execution(placement, param_dtype(params))
+    return Given(run, placement.sizes, words, first_sample, scale)
+
+
+def forward(params: Params, inputs: Arrays, given: Given, placement: GraphPlacement) -> Forward:
+    """Compute every r_v.
+
+    Args:
+        params: local blocks of {vertex: {parameter: array}}.
+        inputs: local blocks by source: "B/d F/s/g", "B/d T F/s/g", or ids "B/d T".
+        given: types, key and scale.
+        placement: the graph on its mesh.
+    """
+    values: Arrays = {}
+    residues: dict[str, Any] = {}
+    activity = []
+    for node in placement.program:
+        values[node.name], residues[node.name] = _compute(
+            node, values, params, inputs, given, placement
+        )
+        if isinstance(node.kind, ActivityL1) and given.scale is not None:
+            activity.append(activity_value(node, _total(values[node.name], given.run), given))
+    dtype = param_dtype(params)
+    output = values[placement.graph.output].astype(dtype)
+    total = sum(activity, jnp.zeros((), given.run.total)).astype(dtype)
+    return Forward(output, total, values, _kept(values, residues, placement))
+
+
+def backward(
+    params: Params,
+    inputs: Arrays,
+    kept: Kept,
+    g: jax.Array,
+    given: Given,
+    placement: GraphPlacement,
+    *,
+    reduce: bool = True,
+) -> Backward:
+    """Walk back from the gradient of the output: `forward`, transposed, last node first.
+
+    Args:
+        params: as in `forward`.
+        inputs: as in `forward`.
+        kept: what `forward` left.
+        g: of the output vertex, "F/s/g B/d".
+        given: as in `forward`.
+        placement: the graph on its mesh.
+        reduce: whether gradients are summed over the data axis here.
+    """
+    return _Walk(params, inputs, kept, given, placement, reduce).run(g.astype(given.run.total))
+
+
+def reduce_gradients(grads: Params, placement: GraphPlacement) -> Params:
+    """Sum gradients over the data axis, where the parameters are."""
+    run = execution(placement, param_dtype(grads))
+    return {
+        owner: {name: _reduced(placement, owner, name, dw, run) for name, dw in mine.items()}
+        for owner, mine in grads.items()
+    }
+
+
+class _Walk:
+    """One backward pass: gradients that wait to be added up, and what was built again."""
+
+    def __init__(
+        self,
+        params: Params,
+        inputs: Arrays,
+        kept: Kept,
+        given: Given,
+        placement: GraphPlacement,
+        reduce: bool,
+    ) -> None:
+        self.params, self.inputs, self.given, self.placement = params, inputs, given, placement
+        self.values, self.residues = dict(kept.values), dict(kept.residues)
+        self.reduce = reduce
+        self.parts: dict[str, list[jax.Array]] = {}
+        self.rebuilt: Arrays = {}
+        self.g: Arrays = {}
+        self.later: list[tuple[Node, Callable[[jax.Array], Arrays]]] = []
+        self.grads: dict[str, Arrays] = {owner: {} for owner in params}
+        self.done: list[jax.Array] = []
+        users = Counter(node.owner for node in placement.program)
+        self.uses = {(owner, name): users[owner] for owner, mine in params.items() for name in mine}
+
+    def run(self, g: jax.Array) -> Backward:
+        """Walk back from g of the output."""
+        self.parts[self.placement.graph.output] = [g]
+        segment = None
+        for node in reversed(self.placement.program):
+            if node.segment is not None and node.segment != segment:
+                self.recompute(node.segment)
+            segment = node.segment
+            self.step(node)
+            self.rebuilt.pop(node.name, None)
+        sources = {vertex.name for vertex in self.placement.graph.sources}
+        return Backward(self.grads, self.g, {n: g for n, g in self.g.items() if n in sources})
+
+    def step(self, node: Node) -> None:
+        """Take the gradient of a node back to what it reads and to its parameters."""
+        parts = self.parts.pop(node.name, None)
+        if parts is None:
+            return  # of ids
+        g = sum(parts[1:], parts[0])
+        if node.kind is not GATHER:
+            for dw in self.done:
+                # It frees what was gathered for it.
+                g = after(g, dw)
+            self.g[node.name] = g
+        if isinstance(node.kind, Source):
+            return
+        params, g, _ = hold((dict(self.params.get(node.owner, {})), g, self.done))
+        self.done = []
+        params = _whole(node, params, g, self.given.run, self.placement)
+        residue = self.residues.get(node.name)
+        result = rule_of(node).backward(node, params, self.reader(node, g), residue, g, self.given)
+        for name, part in zip(node.inputs, result.inputs, strict=True):
+            if part is not None:
+                self.parts.setdefault(name, []).append(part)
+        self.add(node, result.params)
+        if result.later is not None:
+            self.later.append((node, result.later))
+        self.flush(node, result.inputs[0])
+
+    def flush(self, node: Node, ready: jax.Array | None) -> None:
+        """Compute the gradients that waited for the one which goes back from their gather."""
+        waiting = [(of, later) for of, later in self.later if node.kind is GATHER or of is node]
+        for of, later in waiting:
+            source = self.placement.nodes[of.inputs[0]]
+            if source.kind is not GATHER or source is node:
+                self.later.remove((of, later))
+                self.add(of, later(ready))
+
+    def add(self, node: Node, params: Arrays) -> None:
+        """Add to the gradients of parameters, and sum those over data that are complete."""
+        for name, dw in params.items():
+            mine = self.grads[node.owner]
+            mine[name] = mine[name] + dw if name in mine else dw
+            self.uses[node.owner, name] -= 1
+            if not self.uses[node.owner, name]:
+                self.done.append(mine[name])
+                if self.reduce:
+                    run = self.given.run
+                    mine[name] = _reduced(self.placement, node.owner, name, mine[name], run)
+
+    def reader(self, node: Node, g: jax.Array) -> Callable[..., jax.Array]:
+        """Return the function by which a rule reads the inputs of its node."""
+
+        def read(position: int, ready: jax.Array = g) -> jax.Array:
+            return _total(self.value(node.inputs[position], ready), self.given.run)
+
+        return read
+
+    def value(self, name: str, ready: jax.Array) -> jax.Array:
+        """Return r of a node, kept or built again, not there before another array is."""
+        if name in self.values:
+            return _tied(self.values[name], ready)
+        if name not in self.rebuilt:
+            node = self.placement.nodes[name]
+            if isinstance(node.kind, Source):
+                value = _source(node, _tied(self.inputs[name], ready), self.given.run)
+            else:
+                value = self.rebuild(node, ready)
+            self.rebuilt[name] = value
+        return self.rebuilt[name]
+
+    def rebuild(self, node: Node, ready: jax.Array) -> jax.Array:
+        """Compute r of a node again from what it reads."""
+        run, rule = self.given.run, rule_of(node)
+        inputs = tuple(_total(self.value(name, ready), run) for name in node.inputs)
+        params = _whole(node, self.params.get(node.owner, {}), inputs[0], run, self.placement)
+        if rule.rebuild is None:
+            assert node.kind is GATHER
+            return rule.forward(node, params, inputs, self.given)[0]
+        residue = self.residues.get(node.name)
+        return run.to_compute(rule.rebuild(node, params, inputs, residue, self.given))
+
+    def recompute(self, segment: tuple[str, int]) -> None:
+        """Run the nodes of a segment forward again, from what is kept before it."""
+        (ready,) = [parts[0] for parts in self.parts.values()][:1]
+        nodes = [node for node in self.placement.program if node.segment == segment]
+        inside = {node.name for node in nodes}
+        outside = {name for node in nodes for name in node.inputs if name not in inside}
+        values = {name: self.value(name, ready) for name in sorted(outside)}
+        residues: dict[str, Any] = {}
+        for node in nodes:
+            values[node.name], residues[node.name] = _compute(
+                node, values, self.params, self.inputs, self.given, self.placement
+            )
+        kept = kept_names(self.placement)
+        self.values |= {name: values[name] for name in inside & kept}
+        self.residues |= residues
+
+
+def _compute(
+    node: Node,
+    values: Arrays,
+    params: Params,
+    inputs: Arrays,
+    given: Given,
+    placement: GraphPlacement,
+) -> tuple[jax.Array, Any]:
+    """Return r of a node, in the compute type, and its residue."""
+    run = given.run
+    if isinstance(node.kind, Source):
+        return _source(node, inputs[node.name], run), None
+    read = tuple(_total(values[name], run) for name in node.inputs)
+    whole = _whole(node, params.get(node.owner, {}), read[0], run, placement)
+    r, residue = rule_of(node).forward(node, whole, read, given)
+    is_output = node.name == placement.graph.output
+    return (r if is_output else run.to_compute(r)), residue
+
+
+def _source(node: Node, array: jax.Array, run: Execution) -> jax.Array:
+    """Return samples as the program reads them: "F/s/g B/d", or ids "B/d"."""
+    if node.shape.width is None:
+        return array.reshape(-1)
+    rows = run.to_compute(array).reshape(-1, array.shape[-1])
+    return transpose("B/d F/s/g -> F/s/g B/d", rows, **node.axes)
+
+
+def _kept(values: Arrays, residues: dict[str, Any], placement: GraphPlacement) -> Kept:
+    """Return what stays, as the strategy says."""
+    segments = {node.name: node.segment for node in placement.program}
+    leaves = {
+        name
+        for node in placement.program
+        for name in node.inputs
+        if segments[name] is not None and segments[name] != node.segment
+    }
+    names = kept_names(placement) | leaves
+    stays = {name for name in values if segments[name] is None or name in leaves}
+    return Kept(
+        {name: values[name] for name in values if name in names & stays},
+        {name: r for name, r in residues.items() if segments[name] is None and r is not None},
+    )
+
+
+def _total(array: jax.Array, run: Execution) -> jax.Array:
+    floating = jnp.issubdtype(array.dtype, jnp.floating)
+    return array.astype(run.total) if floating else array
+
+
+def _tied(array: jax.Array, ready: jax.Array) -> jax.Array:
+    """Return a kept array as a new value that is not there before another is."""
+    return after(array, ready) if on_cpu() else hold((array, ready))[0]
+
+
+def _whole(
+    node: Node,
+    params: Mapping[str, jax.Array],
+    ready: jax.Array,
+    run: Execution,
+    placement: GraphPlacement,
+) -> Arrays:
+    """Return parameters as a rule uses them; those that are gathered, anew at each use."""
+    used = {}
+    for name, array in params.items():
+        if run.splits_data:
+            layouts = [placement.layout(node.owner, name, held=held) for held in (True, False)]
+            moved = run.compute if name == "W" else array.dtype
+            array = after(array, ready).astype(moved)
+            array = all_gather(" -> ".join(layouts), array, **node.axes)
+        # The product converts W, when and where it needs it.
+        used[name] = array if name == "W" else array.astype(run.total)
+    return used
+
+
+def _reduced(
+    placement: GraphPlacement, owner: str, name: str, dw: jax.Array, run: Execution
+) -> jax.Array:
+    """Sum the gradient of a parameter over the samples of all devices, where the parameter is."""
+    axes = placement.nodes[owner].axes
+    held, used = (placement.layout(owner, name, held=held) for held in (True, False))
+    dw = dw.astype(run.reduce if axis_size("data") > 1 else run.total)
+    if run.splits_data:
+        return reduce_scatter(f"{used} +d -> {held}", dw, **axes).astype(run.total)
+    return all_reduce(f"{used} +d -> {used}", dw, **axes).astype(run.total)
