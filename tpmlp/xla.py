@@ -40,7 +40,7 @@ def hold(arrays: Any) -> Any:
     if on_cpu():
         return arrays
     leaves, structure = jax.tree.flatten(arrays)
-    axes = [_differs_over(leaf) for leaf in leaves]
+    axes = [differs_over(leaf) for leaf in leaves]
     held = list(leaves)
     # In an order of their own: one that depends on hashes would differ from host to host.
     for mine in sorted(set(axes), key=sorted):
@@ -52,7 +52,8 @@ def hold(arrays: Any) -> Any:
     return jax.tree.unflatten(structure, held)
 
 
-def _differs_over(array: jax.Array) -> frozenset[str]:
+def differs_over(array: jax.Array) -> frozenset[str]:
+    """Return the mesh axes over which devices may hold different values of an array."""
     varying = jax.typeof(array).manual_axis_type.varying
     return frozenset(axis for axis in varying if axis_size(axis) > 1)
 

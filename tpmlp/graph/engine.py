@@ -24,7 +24,7 @@ from tpmlp.graph.placement import GATHER, GraphPlacement, Node
 from tpmlp.graph.rules import RULES, Given, Rule
 from tpmlp.graph.rules.elementwise import activity_value
 from tpmlp.kernels.execution import Execution, execution
-from tpmlp.xla import after, axis_size, hold, on_cpu
+from tpmlp.xla import after, axis_size, differs_over, hold, on_cpu
 
 Params = Mapping[str, Mapping[str, jax.Array]]
 Arrays = dict[str, jax.Array]
@@ -357,12 +357,20 @@ def _kept(values: Arrays, residues: dict[str, Any], placement: GraphPlacement) -
 
 
 def _total(array: jax.Array, run: Execution) -> jax.Array:
-    floating = jnp.issubdtype(array.dtype, jnp.floating)
-    return array.astype(run.total) if floating else array
+    return array.astype(run.total) if _is_floating(array) else array
+
+
+def _is_floating(array: jax.Array) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.floating)
 
 
 def _tied(array: jax.Array, ready: jax.Array) -> jax.Array:
-    """Return a kept array as a new value that is not there before another is."""
+    """Return a kept array as a new value that is not there before another is.
+
+    One that is equal on devices where the other differs is as it was: it would count as different.
+    """
+    if not differs_over(ready) <= differs_over(array):
+        return array
     return after(array, ready) if on_cpu() else hold((array, ready))[0]
 
 
@@ -379,7 +387,8 @@ def _whole(
         if run.splits_data:
             layouts = [placement.layout(node.owner, name, held=held) for held in (True, False)]
             moved = run.compute if name == "W" else array.dtype
-            array = after(array, ready).astype(moved)
+            # At each use: gathered parameters are not to be there from the first to the last.
+            array = (after(array, ready) if _is_floating(ready) else array).astype(moved)
             array = all_gather(" -> ".join(layouts), array, **node.axes)
         # The product converts W, when and where it needs it.
         used[name] = array if name == "W" else array.astype(run.total)

@@ -39,7 +39,7 @@ def outputs(
         added: what is added to r of vertices; the gradient by it is g of the vertex.
     """
     values: dict[str, jax.Array] = {}
-    with jax.numpy_rank_promotion("allow"):
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         for vertex in graph.order:
             r = inputs[vertex.name] if isinstance(vertex.kind, kinds.Source) else None
             if r is None:

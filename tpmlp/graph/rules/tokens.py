@@ -77,7 +77,8 @@ def token_mean_backward(
 
 def _local_rows(node: Node, W: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the row of W "V/g F/s" on this device for each id, and whether it is there."""
-    rows = ids - block_index("V/g", **node.axes) * W.shape[0]
+    first = jnp.asarray(block_index("V/g", **node.axes) * W.shape[0], ids.dtype)
+    rows = ids - first
     return jnp.clip(rows, 0, W.shape[0] - 1), (rows >= 0) & (rows < W.shape[0])
 
 
