@@ -147,8 +147,8 @@ def everything(objective: Objective) -> Callable[[Any, Batch], Pass]:
     z = [placement.spec("O/g/s B/d", l) for l in layers]
     scalar = PartitionSpec()
     # The results' own tuples, with a PartitionSpec in the place of each array.
-    value = Value._make([scalar] * 3)
-    specs = Pass._make([value, objective.param_specs, z, z])
+    value = Value(scalar, scalar, scalar)
+    specs = Pass._make([value, objective.param_specs, (z, z)])
     return jax.jit(objective.map(objective.run, specs))
 
 
@@ -187,7 +187,7 @@ def sharded(problem: Problem, placement: tuple[Sizes, str]) -> Tensors:
     bare = replace(problem, weighted=False)
     result = _compiled(bare, placement)(*samples(problem))
     tensors = {"loss": result.value.loss, "correct": result.value.correct}
-    for l, ((dW, db), z, g) in enumerate(zip(result.grads, result.z, result.g, strict=True), 1):
+    for l, ((dW, db), z, g) in enumerate(zip(result.grads, *result.arrays, strict=True), 1):
         tensors |= {f"dW_{l}": dW, f"z_{l}": z, f"g_{l}": g}
         tensors |= {} if db is None else {f"db_{l}": db}
     return {name: np.asarray(tensor) for name, tensor in tensors.items()}

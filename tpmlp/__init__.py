@@ -4,6 +4,9 @@ from tpmlp.batch import Batch, shard_batch
 from tpmlp.exchange.fingerprint import parameter_hash
 from tpmlp.exchange.npz import load_npz, save_npz
 from tpmlp.exchange.safetensors import load_safetensors, save_safetensors
+from tpmlp.graph.graph import Graph
+from tpmlp.graph.structure import Repeat
+from tpmlp.graph.vertex import Vertex
 from tpmlp.inspection.audit import Audit, audit
 from tpmlp.inspection.curvature import gauss_newton_vector_product, hessian_vector_product
 from tpmlp.inspection.per_example import (
@@ -38,10 +41,13 @@ __all__ = [
     "EarlyStopping",
     "Evaluation",
     "FitResult",
+    "Graph",
     "JSONLines",
     "Loss",
     "NoiseScale",
+    "Repeat",
     "Strategy",
+    "Vertex",
     "apply",
     "audit",
     "clip_by_global_norm",

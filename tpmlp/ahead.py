@@ -7,12 +7,12 @@ import jax.numpy as jnp
 
 from tpmlp.batch import Batch, batch_shardings, padded_shapes
 from tpmlp.checks import check_count, check_dtype
-from tpmlp.model import param_shardings
 from tpmlp.objective import Objective
+from tpmlp.placement import SampleSpec
 
 
-def step_shapes(objective: Objective, batch_size: int, dtype: Any = None) -> tuple[Any, Batch]:
-    """Return parameters and a batch as ShapeDtypeStructs with shardings.
+def step_shapes(objective: Objective, batch_size: int, dtype: Any = None) -> tuple[Any, ...]:
+    """Return parameters, a batch, and a key if one is needed, as ShapeDtypeStructs.
 
     Args:
         objective: the objective, on a mesh whose devices may be only described.
@@ -23,26 +23,33 @@ def step_shapes(objective: Objective, batch_size: int, dtype: Any = None) -> tup
         ValueError: batch_size is not positive, dtype is no type to train in, or the loss is a
             user's, whose targets have no known shape.
     """
-    placement = objective.placement
+    placement, model = objective.placement, objective.model
     dtype = jnp.dtype(check_dtype("dtype", jnp.float32 if dtype is None else dtype))
     check_count("batch_size", batch_size, "Give the samples of one step.")
     shapes = padded_shapes(placement, objective.loss, batch_size)
-    dtypes = Batch(dtype, jnp.int32 if objective.loss.targets == "labels" else dtype, dtype)
     placed = batch_shardings(placement, objective.loss)
+
+    def of(dtype: Any) -> Any:
+        return lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=sharding)
+
+    def of_source(spec: SampleSpec, shape: Any) -> jax.ShapeDtypeStruct:
+        return of(dtype if spec.vocabulary is None else jnp.int32)(shape, spec.sharding)
+
+    targets = of(jnp.int32 if objective.loss.targets == "labels" else dtype)
     batch = Batch(
-        *(
-            None if s is None else jax.ShapeDtypeStruct(shape, d, sharding=s)
-            for shape, d, s in zip(shapes, dtypes, placed, strict=True)
-        )
+        jax.tree.map(of_source, placement.samples, shapes.x),
+        jax.tree.map(targets, shapes.y, placed.y),
+        of(dtype)(shapes.weight, placed.weight),
     )
-    params = tuple(
-        tuple(
-            None if s is None else jax.ShapeDtypeStruct(shape, dtype, sharding=s)
-            for shape, s in zip(placement.layer_shapes(l), layer, strict=True)
-        )
-        for l, layer in enumerate(param_shardings(objective.model, placement), 1)
+    params = jax.tree.map(
+        lambda spec, sharding: jax.ShapeDtypeStruct(
+            spec.padded(placement.num_blocks), dtype, sharding=sharding
+        ),
+        model.parameters,
+        model.shardings(placement),
     )
-    return params, batch
+    keys = [jax.eval_shape(jax.random.key, 0)] if getattr(model, "dropouts", ()) else []
+    return params, batch, *keys
 
 
 def compile_lowered(

@@ -4,6 +4,7 @@ Users have samples as rows. On the devices x is [B, d_0] with the rows split ove
 features as layer 1 reads them; rows that fill the batch up have weight 0 and count nowhere.
 """
 
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from tpmlp.checks import as_array, check_finite, check_length, check_weight
 from tpmlp.layout import padded
 from tpmlp.losses import Cotangent, CrossEntropy, Loss, Output, get_loss
-from tpmlp.placement import Placement, place
+from tpmlp.placement import OutputSpec, SampleSpec
 from tpmlp.strategy import Strategy
 
 
@@ -24,9 +25,10 @@ class Batch(NamedTuple):
     """Samples on their devices; a tuple, so that step(params, *batch) takes it.
 
     Attributes:
-        x: [B, d_0], padded.
-        y: targets [B] or [B, d_{L+1}], padded; None for a loss without targets.
-        weight: [B], 0 for the rows that pad the batch.
+        x: [B, d_0], padded; of a Graph [B, T, width], ids [B, T], or {source: array}.
+        y: targets [B] or [B, d_{L+1}], padded; None for a loss without targets. With outputs for
+            every token [B, T] or [B, T, width].
+        weight: [B] or [B, T], 0 for the rows that pad the batch.
     """
 
     x: Any
@@ -34,7 +36,7 @@ class Batch(NamedTuple):
     weight: Any
 
     def __repr__(self) -> str:
-        shapes = ", ".join(f"{n}={s}" for n, s in zip(self._fields, _shapes(self), strict=True))
+        shapes = ", ".join(f"{n}={_shape(a)}" for n, a in zip(self._fields, self, strict=True))
         return f"Batch({shapes})"
 
 
@@ -78,63 +80,93 @@ def shard_batch(
         >>> batch.x.shape, int(batch.weight.sum())
         ((32, 4), 30)
     """
-    placement = place(model.widths, mesh, strategy)
-    meant = _infer_loss(y, placement.widths[-1]) if loss is None else get_loss(loss)
+    placement = model.place(mesh, strategy)
+    meant = _infer_loss(y, placement.outputs) if loss is None else get_loss(loss)
     return place_batch(placement, meant, Batch(x, y, weight))
 
 
-def place_batch(placement: Placement, loss: Loss, batch: Batch) -> Batch:
+def place_batch(placement: Any, loss: Loss, batch: Batch) -> Batch:
     """Return the batch checked, padded and placed; a batch that is placed already is left alone.
 
     Traced arrays (inside a caller's jit) have no values to check: their shapes are.
     """
-    if any(isinstance(array, Tracer) for array in batch):
-        if batch.weight is not None and _shapes(batch) == _padded_shapes(
-            placement, loss, _shapes(batch)
-        ):
+    arrays = jax.tree.leaves(batch)
+    fits = _has_shapes(placement, loss, batch)
+    if any(isinstance(array, Tracer) for array in arrays):
+        if fits:
             if loss.targets != "values":
-                loss.check_targets(batch.y, batch.weight.shape[0], placement.widths[-1])
+                _check_targets(placement, loss, batch.y, batch.weight.shape[0])
             return batch
-        return _pad(placement, loss, check_shapes(placement, loss, batch), jnp)
+        return pad_batch(placement, loss, check_shapes(placement, loss, batch), jnp)
     shardings = batch_shardings(placement, loss)
-    fits = _shapes(batch) == _padded_shapes(placement, loss, _shapes(batch))
-    if fits and all(map(_is_placed, batch, shardings)):
+    if fits and all(map(_is_placed, arrays, jax.tree.leaves(shardings))):
         return batch
-    on_host = Batch(*(np.asarray(a) if isinstance(a, jax.Array) else a for a in batch))
+    on_host = jax.tree.map(lambda a: np.asarray(a) if isinstance(a, jax.Array) else a, batch)
     on_host = check_shapes(placement, loss, on_host)
     _check_values(placement, loss, on_host)
-    full = _pad(placement, loss, on_host, np)
-    pairs = zip(full, shardings, strict=True)
-    return Batch(*(None if a is None else jax.device_put(a, s) for a, s in pairs))
+    return jax.tree.map(jax.device_put, pad_batch(placement, loss, on_host, np), shardings)
 
 
-def batch_shardings(placement: Placement, loss: Loss) -> Batch:
+def batch_shardings(placement: Any, loss: Loss) -> Batch:
     """Return the sharding of each array of a batch; None for targets that do not exist."""
-    rows = placement.sharding("B/d", 1)
-    num_layers = len(placement.words)
-    y = placement.sharding("B/d O/g/s", num_layers) if loss.targets == "values" else rows
-    return Batch(placement.sharding("B/d I/s/g", 1), None if loss.targets is None else y, rows)
+    outputs = placement.outputs
+    y = {None: None, "values": outputs.values}.get(loss.targets, outputs.samples)
+    x = jax.tree.map(lambda spec: spec.sharding, placement.samples)
+    return Batch(x, y, outputs.samples)
 
 
-def check_features(x: Any, width: int) -> Any:
-    """Return x [B, width] as an array, integers as floats, or refuse its shape or dtype."""
-    x = as_array("x", x)
-    if x.ndim != 2 or x.shape[1] != width:
+def check_samples(placement: Any, x: Any) -> Any:
+    """Return x in the structure of the sources, integers as floats, or refuse it.
+
+    Raises:
+        ValueError: a source that is missing or unknown, a wrong shape, dtype or length.
+    """
+    specs = placement.samples
+    if isinstance(specs, dict):
+        if not isinstance(x, Mapping) or set(x) != set(specs):
+            got = sorted(x) if isinstance(x, Mapping) else type(x).__name__
+            raise ValueError(
+                f"x must be a dictionary of the graph's inputs {sorted(specs)}: got {got}."
+            )
+        checked = {name: _check_source(spec, x[name]) for name, spec in specs.items()}
+        first, *others = checked.items()
+        for name, array in others:
+            check_length(f'x["{name}"]', array, first[1].shape[0])
+        return checked
+    return _check_source(specs, x)
+
+
+def _check_source(spec: SampleSpec, x: Any) -> Any:
+    x = as_array(spec.name, x)
+    if x.shape[1:] != spec.shape or x.ndim != 1 + len(spec.shape):
         raise ValueError(
-            f"x must have shape [B, d_0] with d_0={width}: got x of shape {x.shape}. Samples are "
-            "rows: reshape each to one row; pass all of a Batch from shard_batch, step(params, "
-            "*batch)."
+            f"{spec.name} must have {_wanted(spec)}: got x of shape {x.shape}. "
+            "Samples are rows: reshape each to one row; pass all of a Batch from shard_batch, "
+            "step(params, *batch)."
         )
     if x.shape[0] == 0:
-        raise ValueError(f"x must have at least one row: got x of shape {x.shape}.")
-    return _as_float(x)
+        raise ValueError(f"{spec.name} must have at least one row: got x of shape {x.shape}.")
+    if spec.vocabulary is None:
+        return _as_float(x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{spec.name} must be integers, ids of tokens: got dtype {x.dtype}.")
+    return x
 
 
-def check_shapes(placement: Placement, loss: Loss, batch: Batch) -> Batch:
+def _wanted(spec: SampleSpec) -> str:
+    """Return the shape that samples must have, as a sentence has it."""
+    if spec.vocabulary is not None:
+        return f"shape [B, T] with T={spec.shape[0]}"
+    if len(spec.shape) == 2:
+        return f"shape [B, T, width] with T={spec.shape[0]}, width={spec.shape[1]}"
+    return f"shape [B, d_0] with d_0={spec.shape[0]}"
+
+
+def check_shapes(placement: Any, loss: Loss, batch: Batch) -> Batch:
     """Return the batch with its shapes and dtypes checked and a weight for each sample."""
-    x = check_features(batch.x, placement.widths[0])
-    num_samples = x.shape[0]
-    y = loss.check_targets(batch.y, num_samples, placement.widths[-1])
+    x = check_samples(placement, batch.x)
+    num_samples = jax.tree.leaves(x)[0].shape[0]
+    y = _check_targets(placement, loss, batch.y, num_samples)
     # Targets and weights keep their own precision: the step casts all to the parameters' type.
     if loss.targets == "values":
         y = _as_float(y)
@@ -142,29 +174,76 @@ def check_shapes(placement: Placement, loss: Loss, batch: Batch) -> Batch:
         return Batch(x, y, np.ones(num_samples, _default_float()))
     weight = as_array("weight", batch.weight)
     check_length("weight", weight, num_samples)
-    if weight.ndim != 1:
-        raise ValueError(f"weight must have shape [B]: got weight of shape {weight.shape}.")
+    tokens = placement.outputs.tokens
+    if weight.ndim != 1 and (tokens is None or weight.shape != (num_samples, tokens)):
+        shapes = "[B]" if tokens is None else f"[B] or [B, T] with T={tokens}"
+        raise ValueError(f"weight must have shape {shapes}: got weight of shape {weight.shape}.")
     return Batch(x, y, _as_float(weight))
 
 
-def _check_values(placement: Placement, loss: Loss, batch: Batch) -> None:
-    check_finite("x", batch.x)
+def _check_targets(placement: Any, loss: Loss, y: Any, num_samples: int) -> Any:
+    """Return targets in the shape that the step takes: of a loss, one for each prediction."""
+    outputs = placement.outputs
+    if outputs.tokens is None or loss.targets is None or y is None:
+        return loss.check_targets(y, num_samples, outputs.width)
+    y = as_array("y", y)
+    if y.shape[:2] != (num_samples, outputs.tokens):
+        raise ValueError(
+            f"y must have one row for each sample and token, [B, T, ..] with B={num_samples}, "
+            f"T={outputs.tokens}: got y of shape {y.shape}."
+        )
+    flat = y.reshape(-1, *y.shape[2:])
+    flat = loss.check_targets(flat, flat.shape[0], outputs.width)
+    return flat.reshape(num_samples, outputs.tokens, *flat.shape[1:])
+
+
+def _check_values(placement: Any, loss: Loss, batch: Batch) -> None:
+    jax.tree.map(check_sample_values, placement.samples, batch.x)
     if batch.y is not None:
-        loss.check_target_values(batch.y, placement.widths[-1])
+        check_target_values(placement, loss, batch.y)
     check_weight(batch.weight)
 
 
-def _pad(placement: Placement, loss: Loss, batch: Batch, library: ModuleType) -> Batch:
+def check_sample_values(spec: SampleSpec, x: np.ndarray) -> None:
+    """Refuse NaN, infinity, and ids that are none."""
+    if spec.vocabulary is None:
+        check_finite(spec.name, x)
+        return
+    wrong = np.argwhere((x < 0) | (x >= spec.vocabulary))
+    if len(wrong):
+        row, token = wrong[0]
+        raise ValueError(
+            f"{spec.name} must be ids in 0 .. {spec.vocabulary - 1}: got {x[row, token]} in row "
+            f"{row}, token {token}. Map what is not in the vocabulary to an id of its own."
+        )
+
+
+def check_target_values(placement: Any, loss: Loss, y: np.ndarray) -> None:
+    """Refuse values of y that no output can mean."""
+    flat = y if placement.outputs.tokens is None else y.reshape(-1, *y.shape[2:])
+    loss.check_target_values(flat, placement.outputs.width)
+
+
+def pad_batch(placement: Any, loss: Loss, batch: Batch, library: ModuleType) -> Batch:
     """Fill the batch up to a multiple of data, and features with 0 to the padded widths.
 
     Padding samples are copies of the last one, with weight 0: whatever a user's activation is at
     real samples, it is there too, while at a sample of zeros it need not be finite.
     """
-    x, y, weight = _padded_shapes(placement, loss, _shapes(batch))
+    rows = padded(batch.weight.shape[0], placement.row_blocks)
+    return fill_batch(placement, loss, batch, rows, library)
+
+
+def fill_batch(placement: Any, loss: Loss, batch: Batch, rows: int, library: ModuleType) -> Batch:
+    """Return a checked batch with so many rows and with padded features."""
+    shapes = _padded_shapes(placement, loss, rows, batch)
     return Batch(
-        fill(batch.x, x, library),
-        None if y is None else fill(batch.y, y, library),
-        library.pad(batch.weight, (0, weight[0] - batch.weight.shape[0])),
+        jax.tree.map(lambda a, shape: fill(a, shape.shape, library), batch.x, shapes.x),
+        None if batch.y is None else fill(batch.y, shapes.y.shape, library),
+        library.pad(
+            batch.weight,
+            [(0, rows - batch.weight.shape[0]), *[(0, 0)] * (batch.weight.ndim - 1)],
+        ),
     )
 
 
@@ -177,8 +256,8 @@ def fill(array: Any, shape: tuple[int, ...], library: ModuleType) -> Any:
     return library.pad(rows, [(0, 0), *((0, n) for n in missing[1:])])
 
 
-def padded_shapes(placement: Placement, loss: Loss, batch_size: int) -> Batch:
-    """Return the shapes of a batch on the mesh.
+def padded_shapes(placement: Any, loss: Loss, batch_size: int) -> Batch:
+    """Return the shapes of a batch on the mesh, as ShapeDtypeStructs of no particular type.
 
     Raises:
         ValueError: a user's loss, whose targets only the user knows.
@@ -188,18 +267,42 @@ def padded_shapes(placement: Placement, loss: Loss, batch_size: int) -> Batch:
             f"loss must have targets of a known shape: got loss={loss.name!r}. Give the arrays, or "
             "jax.ShapeDtypeStructs with the shardings of shard_batch, to step.lower."
         )
-    return _padded_shapes(placement, loss, Batch((batch_size,), (), (batch_size,)))
+    rows = padded(batch_size, placement.row_blocks)
+    return _padded_shapes(placement, loss, rows, Batch(None, None, None))
 
 
-def _padded_shapes(placement: Placement, loss: Loss, shapes: Batch) -> Batch:
-    rows = padded((shapes.x or (0,))[0], placement.row_blocks)
-    d_in, d_out = placement.padded_widths[0], placement.padded_widths[-1]
-    tail = {"values": (d_out,), "any": (shapes.y or ())[1:]}.get(loss.targets or "none", ())
-    return Batch((rows, d_in), None if loss.targets is None else (rows, *tail), (rows,))
+def _padded_shapes(placement: Any, loss: Loss, rows: int, batch: Batch) -> Batch:
+    """Return the shapes of a batch of so many rows; what a user's loss takes is as it is."""
+    outputs = placement.outputs
+
+    def shape(*sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *sizes), bool)
+
+    x = jax.tree.map(lambda spec: shape(*spec.padded_shape), placement.samples)
+    tokens = outputs.shape[:-1]
+    given = () if batch.y is None else tuple(np.shape(batch.y)[1:])
+    tails = {"values": (*tokens, outputs.padded_width), "labels": tokens, "any": given}
+    y = None if loss.targets is None else shape(*tails[loss.targets])
+    weight = () if batch.weight is None else tuple(np.shape(batch.weight)[1:])
+    return Batch(x, y, shape(*weight))
 
 
-def _shapes(batch: Batch) -> Batch:
-    return Batch(*(getattr(array, "shape", None) for array in batch))
+def _has_shapes(placement: Any, loss: Loss, batch: Batch) -> bool:
+    """Whether all arrays have the shapes that a step takes, padding included."""
+    if batch.weight is None or not all(hasattr(a, "shape") for a in jax.tree.leaves(batch)):
+        return False
+    rows = np.shape(batch.weight)[:1] or (0,)
+    if rows[0] % placement.row_blocks or not rows[0]:
+        return False
+    wanted = _padded_shapes(placement, loss, rows[0], batch)
+    if jax.tree.structure(wanted) != jax.tree.structure(batch):
+        return False
+    pairs = zip(jax.tree.leaves(wanted), jax.tree.leaves(batch), strict=True)
+    return all(want.shape == got.shape for want, got in pairs)
+
+
+def _shape(arrays: Any) -> Any:
+    return jax.tree.map(lambda array: getattr(array, "shape", None), arrays)
 
 
 def _is_placed(array: Any, sharding: NamedSharding | None) -> bool:
@@ -214,12 +317,13 @@ def _is_placed(array: Any, sharding: NamedSharding | None) -> bool:
     )
 
 
-def _infer_loss(y: Any, num_outputs: int) -> Loss:
+def _infer_loss(y: Any, outputs: OutputSpec) -> Loss:
     """Return a loss with the kind of targets that y looks like."""
     if y is None:
         return Output()
     y = as_array("y", y)
-    labels = y.ndim == 1 and jnp.issubdtype(y.dtype, jnp.integer) and num_outputs > 1
+    one_each = y.ndim == len(outputs.shape)
+    labels = one_each and jnp.issubdtype(y.dtype, jnp.integer) and outputs.width > 1
     return CrossEntropy() if labels else Cotangent()
 
 

@@ -41,6 +41,14 @@ def check_count(name: str, value: Any, remedy: str = "") -> int:
     return int(value)
 
 
+def check_key(key: Any) -> None:
+    """Refuse what is no key of jax.random."""
+    if not isinstance(key, jax.Array):
+        raise ValueError(
+            f"key must be a key of jax.random: got key={key!r}. Use jax.random.key({key!r})."
+        )
+
+
 def check_positive(name: str, value: Any, remedy: str) -> Any:
     """Return a positive real number, infinity included, or refuse it; traced ones are let pass."""
     if isinstance(value, Tracer) and value.ndim == 0:

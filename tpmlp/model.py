@@ -15,25 +15,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from tpmlp.activations import Activation, get_activation
-from tpmlp.checks import check_count, check_dtype
+from tpmlp.checks import check_count, check_dtype, check_key
 from tpmlp.draw import draw_layers
 from tpmlp.kernels.backprop import Chain
 from tpmlp.losses import get_loss
-from tpmlp.placement import Placement, place
+from tpmlp.placement import ParameterSpec, Placement, place
 from tpmlp.regularizers import ElementwisePenalty, get_regularizer
 from tpmlp.strategy import Strategy
 from tpmlp.summary import Summary, summarize
 
 Params = tuple[tuple[jax.Array, jax.Array | None], ...]
+Arrays = list[tuple[np.ndarray, np.ndarray | None]]
 
 # Activations that vanish on half of the line lose half of the variance: He's factor 6 makes up
 # for it, Glorot's is for the others.
 # References: He et al. 2015, Delving Deep into Rectifiers, eq. 10; Glorot and Bengio 2010,
 # Understanding the difficulty of training deep feedforward neural networks, eq. 16.
-_HE = frozenset({"relu", "gelu", "silu", "softplus"})
+HE = frozenset({"relu", "gelu", "silu", "softplus"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,63 @@ class MLP:
         """Logical shape (d_l, d_{l-1}) of each W_l."""
         return tuple((d_out, d_in) for d_in, d_out in pairwise(self.widths))
 
+    @property
+    def largest_sample(self) -> int:
+        """The most numbers that one sample has in any layer."""
+        return max(self.widths)
+
+    @property
+    def parameters(self) -> tuple[tuple[ParameterSpec, ParameterSpec | None], ...]:
+        """What each (W_l, b_l) is, in the structure of the parameters."""
+        return tuple(
+            (
+                ParameterSpec(f"W_{l}", shape, (True, True)),
+                ParameterSpec(f"b_{l}", shape[:1], (True,)) if self.bias else None,
+            )
+            for l, shape in enumerate(self.layer_shapes, 1)
+        )
+
+    def place(self, mesh: Mesh, strategy: Strategy | None = None) -> Placement:
+        """Return where the layers live on a mesh under a strategy."""
+        return place(self.widths, mesh, strategy)
+
+    def network(self, placement: Placement) -> Chain:
+        """Return what the kernel runs."""
+        return Chain(placement, self.sigma)
+
+    def shardings(self, placement: Placement) -> Params:
+        """Return the sharding of every parameter, in their structure."""
+        W, b = placement.param_layouts
+        return tuple(
+            (placement.sharding(W, l), placement.sharding(b, l) if self.bias else None)
+            for l in range(1, self.num_layers + 1)
+        )
+
+    def structured(self, params: Any) -> Params:
+        """Return parameters as tuples, or refuse what is not one (W, b) a layer.
+
+        Raises:
+            ValueError: another number of layers; biases where there are none, or none where there
+                are.
+        """
+        pairs = isinstance(params, tuple | list) and all(
+            isinstance(layer, tuple | list) and len(layer) == 2 for layer in params
+        )
+        if not pairs or len(params) != self.num_layers:
+            got = f"{len(params)} layers" if pairs else type(params).__name__
+            raise ValueError(
+                f"params must be one (W, b) for each of num_layers={self.num_layers}: got {got}. "
+                "They belong to another model; make them with model.init or tpmlp.from_numpy."
+            )
+        for l, (_, b) in enumerate(params, 1):
+            if (b is None) == self.bias:
+                raise ValueError(
+                    f"params of layer {l} must have b {'an array' if self.bias else 'None'} for "
+                    f"bias={self.bias}: got b={'None' if b is None else 'an array'}. They belong "
+                    "to another model."
+                )
+        return tuple(map(tuple, params))
+
     def init(
         self, key: jax.Array, mesh: Mesh, *, strategy: Strategy | None = None, dtype: Any = None
     ) -> Params:
@@ -105,10 +164,7 @@ class MLP:
         Raises:
             ValueError: key is no key, or the mesh cannot have the layout.
         """
-        if not isinstance(key, jax.Array):
-            raise ValueError(
-                f"key must be a key of jax.random: got key={key!r}. Use jax.random.key({key!r})."
-            )
+        check_key(key)
         placement = place(self.widths, mesh, strategy)
         dtype = jnp.dtype(check_dtype("dtype", jnp.float32 if dtype is None else dtype))
         return _drawing(self, placement, dtype)(key)
@@ -173,30 +229,16 @@ class MLP:
         return draw_layers(place(self.widths, mesh, strategy))
 
 
-def param_shardings(model: MLP, placement: Placement) -> Any:
-    """Return the sharding of every parameter, in their structure."""
-    W, b = placement.param_layouts
-    return tuple(
-        (placement.sharding(W, l), placement.sharding(b, l) if model.bias else None)
-        for l in range(1, model.num_layers + 1)
-    )
-
-
-def chain_of(model: MLP, mesh: Mesh, strategy: Strategy | None) -> Chain:
-    """Return the kernel's description of a model on a mesh."""
-    return Chain(place(model.widths, mesh, strategy), model.sigma)
-
-
 @lru_cache(maxsize=16)
 def _drawing(model: MLP, placement: Placement, dtype: Any) -> Callable[[jax.Array], Params]:
     draw = partial(_draw, model, placement.padded_widths, dtype)
-    return jax.jit(draw, out_shardings=param_shardings(model, placement))
+    return jax.jit(draw, out_shardings=model.shardings(placement))
 
 
 def _draw(model: MLP, padded_widths: tuple[int, ...], dtype: Any, key: jax.Array) -> Params:
     layers = []
     for l, (d_out, d_in) in enumerate(model.layer_shapes, 1):
-        he = model.sigma.name in _HE and l < model.num_layers
+        he = model.sigma.name in HE and l < model.num_layers
         limit = (6 / d_in if he else 6 / (d_in + d_out)) ** 0.5
         # Multiples of 2^-23 (or 2^-52) in [0, 1); 2u - 1 is exact too.
         u = jax.random.uniform(jax.random.fold_in(key, l), (d_out, d_in), dtype)

@@ -17,10 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from tpmlp.checks import check_positive
-from tpmlp.kernels.backprop import Chain
 from tpmlp.kernels.objective import terms_of
-from tpmlp.model import MLP, Params, chain_of, param_shardings
-from tpmlp.objective import check_model
+from tpmlp.models import Model, check_model
 from tpmlp.parameters import check_params
 from tpmlp.strategy import Strategy
 
@@ -33,19 +31,19 @@ class ClippedGradients(NamedTuple):
         norm: their global norm before, a scalar.
     """
 
-    grads: Params
+    grads: Any
     norm: jax.Array
 
 
 def global_norm(
-    model: MLP, grads: Params, *, mesh: Mesh, strategy: Strategy | None = None
+    model: Model, grads: Any, *, mesh: Mesh, strategy: Strategy | None = None
 ) -> jax.Array:
     """Return sqrt(sum_l |dW_l|^2 + |db_l|^2), the norm of all gradients as one vector.
 
     Works inside jax.jit too. One scalar is all-reduced, over the axes that split the gradients.
 
     Args:
-        model: the MLP.
+        model: the model.
         grads: gradients of a step, or parameters, placed for this mesh and strategy.
         mesh: the mesh.
         strategy: Strategy() by default.
@@ -64,13 +62,13 @@ def global_norm(
         >>> float(global_norm(mlp, grads, mesh=mesh))
         9.0
     """
-    grads, chain = _checked(model, grads, mesh, strategy)
-    return _global_norm(model, chain)(grads)
+    grads, placement = _checked(model, grads, mesh, strategy)
+    return _global_norm(model, placement)(grads)
 
 
 def clip_by_global_norm(
-    model: MLP,
-    grads: Params,
+    model: Model,
+    grads: Any,
     max_norm: Any,
     *,
     mesh: Mesh,
@@ -79,7 +77,7 @@ def clip_by_global_norm(
     """Scale gradients by min(1, max_norm / norm), norm their global norm.
 
     Args:
-        model: the MLP.
+        model: the model.
         grads: gradients of a step, placed for this mesh and strategy.
         max_norm: a positive number; traced in a program of yours, if you like.
         mesh: the mesh.
@@ -101,34 +99,33 @@ def clip_by_global_norm(
         (array([[0.5, 2. , 4. ]], dtype=float32), 9.0)
     """
     check_positive("max_norm", max_norm, "Use for example max_norm=1.0.")
-    grads, chain = _checked(model, grads, mesh, strategy)
-    return _clip_by_global_norm(model, chain)(grads, max_norm)
+    grads, placement = _checked(model, grads, mesh, strategy)
+    return _clip_by_global_norm(model, placement)(grads, max_norm)
 
 
-def _checked(
-    model: MLP, grads: Params, mesh: Mesh, strategy: Strategy | None
-) -> tuple[Params, Chain]:
+def _checked(model: Model, grads: Any, mesh: Mesh, strategy: Strategy | None) -> tuple[Any, Any]:
     check_model(model)
-    chain = chain_of(model, mesh, strategy)
-    return check_params(model, grads, chain.placement), chain
+    placement = model.place(mesh, strategy)
+    return check_params(model, grads, placement), placement
 
 
 @lru_cache(maxsize=16)
-def _global_norm(model: MLP, chain: Chain) -> Callable[[Params], jax.Array]:
-    specs = jax.tree.map(lambda s: s.spec, param_shardings(model, chain.placement))
+def _global_norm(model: Model, placement: Any) -> Callable[[Any], jax.Array]:
+    specs = jax.tree.map(lambda s: s.spec, model.shardings(placement))
+    network = model.network(placement)
 
-    def body(layers: Any) -> jax.Array:
-        return terms_of(chain).global_norm(layers, chain)
+    def body(params: Any) -> jax.Array:
+        return terms_of(network).global_norm(params, network)
 
-    mesh = chain.placement.mesh
+    mesh = placement.mesh
     return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec()))
 
 
 @lru_cache(maxsize=16)
-def _clip_by_global_norm(model: MLP, chain: Chain) -> Callable[[Params, Any], ClippedGradients]:
-    norm_of = _global_norm(model, chain)
+def _clip_by_global_norm(model: Model, placement: Any) -> Callable[[Any, Any], ClippedGradients]:
+    norm_of = _global_norm(model, placement)
 
-    def clip(grads: Params, max_norm: jax.Array) -> ClippedGradients:
+    def clip(grads: Any, max_norm: jax.Array) -> ClippedGradients:
         norm = norm_of(grads)
         # A norm of 0 gives a factor of min(1, inf).
         factor = jnp.minimum(1, max_norm.astype(norm.dtype) / norm)

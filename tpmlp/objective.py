@@ -15,16 +15,16 @@ from jax.sharding import Mesh, PartitionSpec
 
 from tpmlp.batch import Batch, batch_shardings
 from tpmlp.kernels import objective as kernel
-from tpmlp.kernels.backprop import Chain
+from tpmlp.kernels.network import Network, param_dtype
 from tpmlp.losses import Cotangent, Loss, get_loss
-from tpmlp.model import MLP, Params, chain_of, param_shardings
-from tpmlp.parameters import logical_layers
-from tpmlp.placement import Placement
+from tpmlp.models import Model, check_model
+from tpmlp.parameters import logical_params
 from tpmlp.regularizers import ElementwisePenalty, Regularizer, UserPenalty, get_regularizer
 from tpmlp.strategy import Strategy
 from tpmlp.summary import Summary
 
 Specs = Any
+Params = Any
 
 
 class Evaluated(NamedTuple):
@@ -32,7 +32,7 @@ class Evaluated(NamedTuple):
 
     Attributes:
         loss: the data loss.
-        penalty: R(W).
+        penalty: R(W), and what vertices of a Graph add to the objective.
         correct: the weighted share of right predictions, NaN where the loss has none.
     """
 
@@ -48,56 +48,71 @@ class Objective:
     These are traced: call them under jit, with parameters and batches that are placed.
 
     Attributes:
-        model: the MLP.
-        chain: its placement and activation.
+        model: the model.
+        network: it on its mesh.
         loss: the loss.
         regularizer: R, or None.
     """
 
-    model: MLP
-    chain: Chain
+    model: Model
+    network: Network
     loss: Loss
     regularizer: Regularizer | None
 
     def evaluate(self, params: Params, batch: Batch) -> Evaluated:
-        """Compute the scalars of a batch; forward only."""
+        """Compute the scalars of a batch; forward only, and nothing is dropped."""
 
-        def body(layers: Any, x: Any, y: Any, weight: Any) -> kernel.Value:
-            return kernel.value(layers, x, y, weight, chain=self.chain, loss=self.loss)
+        def body(network: Network, *blocks: Any) -> kernel.Value:
+            return kernel.value(*blocks, network=network, loss=self.loss)
 
         value = self.map(body, PartitionSpec())(params, batch)
-        return Evaluated(value.loss, self.penalty(params), value.correct)
+        return self._evaluated(value, self.penalty(params))
 
-    def value_and_grad(self, params: Params, batch: Batch) -> tuple[Evaluated, Params]:
-        """Compute the scalars of a batch, and the gradient of loss + R."""
-        value, grads = self.map(self.gradients, (PartitionSpec(), self.param_specs))(params, batch)
+    def value_and_grad(
+        self, params: Params, batch: Batch, words: jax.Array | None = None
+    ) -> tuple[Evaluated, Params]:
+        """Compute the scalars of a batch, and the gradient of loss + R.
+
+        Args:
+            params: placed.
+            batch: placed.
+            words: two words of random bits, for what is dropped; None drops nothing.
+        """
+        run = self.map(self.gradients, (PartitionSpec(), self.param_specs))
+        value, grads = run(params, batch, words=words)
         if isinstance(self.regularizer, UserPenalty):
             penalty, dR = jax.value_and_grad(partial(self._user_penalty, self.regularizer))(params)
             grads = jax.tree.map(jnp.add, grads, dR)
         else:
             penalty = self.penalty(params)
-        return Evaluated(value.loss, penalty, value.correct), grads
+        return self._evaluated(value, penalty), grads
 
-    def gradients(self, *blocks: Any) -> tuple[kernel.Value, Any]:
+    def gradients(self, network: Network, *blocks: Any) -> tuple[kernel.Value, Any]:
         """Return scalars and gradients from one device's blocks, in microbatches."""
         if self.placement.strategy.microbatches > 1:
-            return kernel.accumulate(*blocks, **self._kernel_arguments)
-        result = self.run(*blocks)
+            return kernel.accumulate(*blocks, **self._kernel_arguments(network))
+        result = self.run(network, *blocks)
         return result.value, result.grads
 
-    def run(self, *blocks: Any) -> kernel.Pass:
+    def run(self, network: Network, *blocks: Any) -> kernel.Pass:
         """Run the kernel on one device's blocks, the whole batch at once."""
-        return kernel.value_and_grad(*blocks, **self._kernel_arguments)
+        return kernel.value_and_grad(*blocks, **self._kernel_arguments(network))
 
-    @property
-    def _kernel_arguments(self) -> dict[str, Any]:
+    def _kernel_arguments(self, network: Network) -> dict[str, Any]:
         penalty = self.regularizer if isinstance(self.regularizer, ElementwisePenalty) else None
-        return {"chain": self.chain, "loss": self.loss, "penalty": penalty}
+        return {"network": network, "loss": self.loss, "penalty": penalty}
+
+    def _evaluated(self, value: kernel.Value, penalty: jax.Array) -> Evaluated:
+        added = penalty if value.activity is None else penalty + value.activity
+        return Evaluated(value.loss, added, value.correct)
 
     def map(
         self, body: Callable[..., Any], out_specs: Specs, *, more_specs: tuple[Specs, ...] = ()
     ) -> Callable[..., Any]:
-        """Return body(layers, x, y, weight, *more) on every device's blocks, in the kernel's types.
+        """Return body(network, params, x, y, weight, *more) on every device's blocks.
+
+        They are in the kernel's types. The function returned takes (params, batch, *more), and
+        words=, random bits for what is dropped.
 
         Args:
             body: of one device's blocks.
@@ -105,23 +120,31 @@ class Objective:
             more_specs: PartitionSpecs of what follows (params, batch).
         """
 
-        def cast(layers: Any, batch: Batch, *more: Any) -> Any:
-            dtype = layers[0][0].dtype
+        def cast(params: Any, batch: Batch, words: Any, *more: Any) -> Any:
+            dtype = param_dtype(params)
             x, y, weight = batch
             if self.loss.targets == "values":
                 y = y.astype(dtype)
             elif self.loss.targets == "labels":
                 # The widest integer: in a narrower one a label could come round to another class.
                 y = y.astype(jax.dtypes.canonicalize_dtype(jnp.int64))
-            return body(layers, x.astype(dtype), y, weight.astype(dtype), *more)
+            x = jax.tree.map(lambda spec, a: a if spec.vocabulary else a.astype(dtype), specs, x)
+            network = self.network if words is None else self.network.dropping(words)
+            return body(network, params, x, y, weight.astype(dtype), *more)
 
-        batch_specs = Batch(*(s and s.spec for s in batch_shardings(self.placement, self.loss)))
-        return jax.shard_map(
-            cast,
-            mesh=self.placement.mesh,
-            in_specs=(self.param_specs, batch_specs, *more_specs),
-            out_specs=out_specs,
-        )
+        specs = self.placement.samples
+        placed = batch_shardings(self.placement, self.loss)
+        batch_specs = jax.tree.map(lambda sharding: sharding.spec, placed)
+
+        def mapped(params: Params, batch: Batch, *more: Any, words: Any = None) -> Any:
+            return jax.shard_map(
+                cast,
+                mesh=self.placement.mesh,
+                in_specs=(self.param_specs, batch_specs, PartitionSpec(), *more_specs),
+                out_specs=out_specs,
+            )(params, batch, words, *more)
+
+        return mapped
 
     def summary(self, batch_size: int, dtype: Any = None) -> Summary:
         """Return what one device is predicted to move and hold in a step."""
@@ -135,14 +158,14 @@ class Objective:
         )
 
     @property
-    def placement(self) -> Placement:
+    def placement(self) -> Any:
         """Where the model's arrays are."""
-        return self.chain.placement
+        return self.network.placement
 
     @cached_property
     def param_specs(self) -> Specs:
         """PartitionSpecs in the structure of the parameters."""
-        return jax.tree.map(lambda s: s.spec, param_shardings(self.model, self.placement))
+        return jax.tree.map(lambda s: s.spec, self.model.shardings(self.placement))
 
     def penalty(self, params: Params) -> jax.Array:
         """Compute R(W)."""
@@ -150,8 +173,8 @@ class Objective:
         if isinstance(regularizer, UserPenalty):
             return self._user_penalty(regularizer, params)
         if not isinstance(regularizer, ElementwisePenalty):
-            return jnp.zeros((), params[0][0].dtype)
-        body = partial(kernel.penalty_value, chain=self.chain, penalty=regularizer)
+            return jnp.zeros((), param_dtype(params))
+        body = partial(kernel.penalty_value, network=self.network, penalty=regularizer)
         return jax.shard_map(
             body,
             mesh=self.placement.mesh,
@@ -160,11 +183,11 @@ class Objective:
         )(params)
 
     def _user_penalty(self, penalty: UserPenalty, params: Params) -> jax.Array:
-        return penalty.value(logical_layers(self.model, params))
+        return penalty.value(logical_params(self.model, params))
 
 
 def make_objective(
-    model: MLP,
+    model: Model,
     *,
     loss: Any,
     mesh: Mesh,
@@ -173,22 +196,13 @@ def make_objective(
 ) -> Objective:
     """Return the Objective that the public functions share; arguments as in value_and_grad."""
     check_model(model)
-    chain = chain_of(model, mesh, strategy)
+    network = model.network(model.place(mesh, strategy))
     meant = Cotangent() if loss is None else get_loss(loss)
     penalty = get_regularizer(regularizer)
-    if isinstance(penalty, UserPenalty) and chain.placement.is_invariant:
+    if isinstance(penalty, UserPenalty) and network.placement.is_invariant:
         raise ValueError(
             "regularizer must be tpmlp.l2, l1 or elastic_net with reduction='invariant', because a "
             f"function's own sums are cut as the mesh is: got {penalty.function!r}. Use one of "
             "these, or reduction='fast'."
         )
-    return Objective(model, chain, meant, penalty)
-
-
-def check_model(model: Any) -> None:
-    """Refuse what is no model."""
-    if not isinstance(model, MLP):
-        raise ValueError(
-            f"model must be a tpmlp.MLP: got a {type(model).__name__}. Make one with "
-            "tpmlp.MLP(widths), and give it to value_and_grad; parameters go to the step."
-        )
+    return Objective(model, network, meant, penalty)

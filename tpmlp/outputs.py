@@ -8,21 +8,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
-from tpmlp.batch import check_features, fill
-from tpmlp.checks import check_finite
-from tpmlp.kernels import backprop
-from tpmlp.kernels.backprop import Chain
+from tpmlp.batch import check_sample_values, check_samples, fill
+from tpmlp.kernels.network import param_dtype
 from tpmlp.layout import padded
-from tpmlp.model import MLP, Params, chain_of, param_shardings
-from tpmlp.objective import check_model
+from tpmlp.models import Model, check_model
 from tpmlp.parameters import check_params
+from tpmlp.placement import SampleSpec
+from tpmlp.randomness import check_dropout_key, random_words
 from tpmlp.strategy import Strategy
 
 
 def apply(
-    model: MLP, params: Params, x: Any, *, mesh: Mesh, strategy: Strategy | None = None
+    model: Model,
+    params: Any,
+    x: Any,
+    *,
+    mesh: Mesh,
+    strategy: Strategy | None = None,
+    key: jax.Array | None = None,
+    training: bool = False,
 ) -> jax.Array:
     """Return the outputs h(W, x) at logical width.
 
@@ -36,14 +42,16 @@ def apply(
     of the user's own, jax.jvp of jax.grad of that loss, which goes through.
 
     Args:
-        model: the MLP.
+        model: the MLP or the Graph.
         params: placed for this mesh and strategy.
-        x: samples [B, d_0].
+        x: samples [B, d_0]; of a Graph as in a step of value_and_grad.
         mesh: the mesh.
         strategy: Strategy() by default.
+        key: from jax.random.key, for a Graph with Dropout while training.
+        training: whether Dropout drops.
 
     Returns:
-        Outputs [B, d_out].
+        Outputs [B, d_out], or [B, T, d_out].
 
     Raises:
         ValueError: parameters of another model, mesh or layout; x of a wrong shape or dtype, or
@@ -60,62 +68,74 @@ def apply(
         array([30., 30., 30., 30., 30., 30., 30., 30., 30., 30.], dtype=float32)
     """
     check_model(model)
-    chain = chain_of(model, mesh, strategy)
-    params = check_params(model, params, chain.placement)
-    x = check_features(x, chain.placement.widths[0])
-    if not isinstance(x, Tracer):
-        check_finite("x", np.asarray(x))
-    return _apply(model, chain)(params, x)
+    placement = model.place(mesh, strategy)
+    params = check_params(model, params, placement)
+    x = check_samples(placement, x)
+    if not any(isinstance(array, Tracer) for array in jax.tree.leaves(x)):
+        on_host = jax.tree.map(np.asarray, x)
+        jax.tree.map(check_sample_values, placement.samples, on_host)
+    keys = check_dropout_key(model, key) if training else ()
+    return _apply(model, placement)(params, x, *keys)
 
 
 @lru_cache(maxsize=16)
-def _apply(model: MLP, chain: Chain) -> Callable[[Params, jax.Array], jax.Array]:
-    placement = chain.placement
-    outputs = _outputs(model, chain)
+def _apply(model: Model, placement: Any) -> Callable[..., jax.Array]:
+    outputs = _outputs(model, placement)
+    width = placement.outputs.width
 
-    def run(params: Params, x: jax.Array) -> jax.Array:
-        rows = padded(x.shape[0], placement.row_blocks)
-        x_whole = fill(x.astype(params[0][0].dtype), (rows, placement.padded_widths[0]), jnp)
-        return outputs(params, x_whole)[: x.shape[0], : placement.widths[-1]]
+    def run(params: Any, x: Any, *keys: jax.Array) -> jax.Array:
+        num_samples = jax.tree.leaves(x)[0].shape[0]
+        rows = padded(num_samples, placement.row_blocks)
+
+        def whole(spec: SampleSpec, array: jax.Array) -> jax.Array:
+            array = array if spec.vocabulary else array.astype(param_dtype(params))
+            return fill(array, (rows, *spec.padded_shape), jnp)
+
+        words = random_words(keys[0]) if keys else None
+        x = jax.tree.map(whole, placement.samples, x)
+        return outputs(params, x, words)[:num_samples, ..., :width]
 
     return jax.jit(run)
 
 
-def _outputs(model: MLP, chain: Chain) -> Callable[[Params, jax.Array], jax.Array]:
+def _outputs(model: Model, placement: Any) -> Callable[..., jax.Array]:
     """Return padded outputs as a function of padded arrays, with the kernel's own derivative."""
-    placement = chain.placement
-    num_layers = model.num_layers
-    params = jax.tree.map(lambda s: s.spec, param_shardings(model, placement))
-    x = placement.spec("B/d I/s/g", 1)
-    kept = [backprop.is_kept(l, num_layers, placement.strategy) for l in range(1, num_layers)]
-    z = [placement.spec("O/g/s B/d", l) if is_kept else None for l, is_kept in enumerate(kept, 1)]
-    rows = placement.spec("B/d O/g/s", num_layers)
+    network = model.network(placement)
+    params = jax.tree.map(lambda s: s.spec, model.shardings(placement))
+    x = jax.tree.map(lambda spec: spec.sharding.spec, placement.samples)
+    float_x = jax.tree.map(
+        lambda spec: None if spec.vocabulary else spec.sharding.spec, placement.samples
+    )
+    rows = placement.outputs.values.spec
     shard_map = partial(jax.shard_map, mesh=placement.mesh)
+    kept = network.kept_specs
 
-    def forward_body(layers: Any, x: jax.Array) -> Any:
-        passed = backprop.forward(layers, x, chain)
-        return passed.z[-1].T, backprop.keep(passed, chain).z
+    def forward_body(params: Any, x: Any, words: Any) -> Any:
+        outputs, kept = network.dropping(words).outputs(params, x)
+        return outputs.T.reshape(-1, *placement.outputs.shape[:-1], outputs.shape[0]), kept
 
-    def backward_body(layers: Any, x: jax.Array, z: Any, g: jax.Array) -> Any:
-        kept = backprop.Kept(z, [None] * num_layers)
-        result = backprop.backward(layers, x, kept, g.T, chain)
-        grads = jax.tree.map(lambda dw, w: dw.astype(w.dtype), result.grads, layers)
-        return grads, result.dx.T.astype(x.dtype)
+    def backward_body(params: Any, x: Any, words: Any, kept: Any, g: jax.Array) -> Any:
+        columns = g.reshape(-1, g.shape[-1]).T
+        return network.dropping(words).gradients(params, x, kept, columns)
 
-    forward = shard_map(forward_body, in_specs=(params, x), out_specs=(rows, z))
-    backward = shard_map(backward_body, in_specs=(params, x, z, rows), out_specs=(params, x))
+    whole = PartitionSpec()
+    forward = shard_map(forward_body, in_specs=(params, x, whole), out_specs=(rows, kept))
+    backward = shard_map(
+        backward_body, in_specs=(params, x, whole, kept, rows), out_specs=(params, float_x)
+    )
 
     @jax.custom_vjp
-    def outputs(params: Params, x: jax.Array) -> jax.Array:
-        return forward(params, x)[0]
+    def outputs(params: Any, x: Any, words: Any) -> jax.Array:
+        return forward(params, x, words)[0]
 
-    def outputs_fwd(params: Params, x: jax.Array) -> Any:
-        out, z = forward(params, x)
-        return out, (params, x, z)
+    def outputs_fwd(params: Any, x: Any, words: Any) -> Any:
+        out, kept = forward(params, x, words)
+        return out, (params, x, words, kept)
 
-    def outputs_bwd(kept: Any, g: jax.Array) -> Any:
-        params, x, z = kept
-        return backward(params, x, z, g)
+    def outputs_bwd(residue: Any, g: jax.Array) -> Any:
+        params, x, words, kept = residue
+        grads, dx = backward(params, x, words, kept, g)
+        return grads, dx, None  # Bits have no derivative, and ids have None in dx.
 
     outputs.defvjp(outputs_fwd, outputs_bwd)
     return outputs

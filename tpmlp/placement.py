@@ -11,6 +11,7 @@ Widths are logical (what the user gave) or padded (a multiple of M = X * Y, what
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -22,6 +23,80 @@ from tpmlp.mesh import check_mesh
 from tpmlp.strategy import Strategy
 
 OTHER = {"column": "row", "row": "column"}
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSpec:
+    """One array of a model's parameters, whatever the mesh: a leaf of a tree like the parameters.
+
+    Attributes:
+        name: what errors call it, for example "W_1".
+        shape: logical.
+        split: for each dim, whether devices may split it, so that it is padded.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    split: tuple[bool, ...]
+
+    def padded(self, num_blocks: int) -> tuple[int, ...]:
+        """Return the shape of the array where split dims are multiples of num_blocks."""
+        return tuple(
+            padded(size, num_blocks) if is_split else size
+            for size, is_split in zip(self.shape, self.split, strict=True)
+        )
+
+    def logical(self, array: Any) -> Any:
+        """Return an array without its padding."""
+        return array[tuple(map(slice, self.shape))]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpec:
+    """What a model is given of each sample, on a mesh.
+
+    Attributes:
+        name: what errors call it, for example "x".
+        shape: logical shape of one sample: (width,), (tokens, width), or (tokens,) of ids.
+        padded_shape: the shape that it has on the mesh.
+        vocabulary: how many ids there are; None for features.
+        sharding: of all samples, a dim of their own that comes first.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    padded_shape: tuple[int, ...]
+    vocabulary: int | None
+    sharding: NamedSharding
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSpec:
+    """What a model gives for each sample, on a mesh.
+
+    Attributes:
+        width: logical number of outputs.
+        padded_width: the number that arrays have.
+        tokens: T, where there are outputs for every token of a sample.
+        values: sharding of arrays like the outputs.
+        samples: sharding of one number a sample.
+    """
+
+    width: int
+    padded_width: int
+    tokens: int | None
+    values: NamedSharding
+    samples: NamedSharding
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape of one sample's outputs."""
+        return (self.width,) if self.tokens is None else (self.tokens, self.width)
+
+    @property
+    def positions(self) -> int:
+        """How many predictions a sample has: T, or 1."""
+        return self.tokens or 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +167,19 @@ class Placement(OnMesh):
     def param_layouts(self) -> tuple[str, str]:
         """Layouts of (W_l, b_l): as the layer multiplies them, or split over data besides."""
         return ("O/g/d I/s", "O/g/s/d") if self.splits_data else ("O/g I/s", "O/g/s")
+
+    @cached_property
+    def samples(self) -> SampleSpec:
+        """What the first layer is given."""
+        shapes = ((widths[0],) for widths in (self.widths, self.padded_widths))
+        return SampleSpec("x", *shapes, None, self.sharding("B/d I/s/g", 1))
+
+    @cached_property
+    def outputs(self) -> OutputSpec:
+        """What the last layer gives."""
+        last = len(self.words)
+        shardings = (self.sharding(layout, last) for layout in ("B/d O/g/s", "B/d"))
+        return OutputSpec(self.widths[-1], self.padded_widths[-1], None, *shardings)
 
     @cached_property
     def padded_widths(self) -> tuple[int, ...]:

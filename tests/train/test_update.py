@@ -13,7 +13,7 @@ import tpmlp
 from tpmlp.ahead import step_shapes
 from tpmlp.inspection.audit import Audit
 from tpmlp.objective import make_objective
-from tpmlp.train.optimizer import ShardedOptimizer, masked_optimizer
+from tpmlp.train.optimizer import MaskedOptimizer, ShardedOptimizer, shape_trees
 from tpmlp.train.run import compile_step
 
 WIDTHS = (256,) * 9
@@ -26,13 +26,8 @@ def audited(tx: optax.GradientTransformation) -> Audit:
     """Count what a step of fit holds, compiled for shapes alone."""
     mlp = tpmlp.MLP(WIDTHS)
     objective = make_objective(mlp, loss="mse", mesh=tpmlp.make_mesh(x=4, y=2))
-    masked = masked_optimizer(
-        tx,
-        widths=mlp.widths,
-        padded_widths=objective.placement.padded_widths,
-        bias=True,
-        dtype=jnp.float32,
-    )
+    logical, padded = shape_trees(mlp, objective.placement.num_blocks, jnp.float32)
+    masked = MaskedOptimizer(tx, padded, logical)
     optimizer = ShardedOptimizer(mlp, objective.placement, masked)
     params, batch = step_shapes(objective, BATCH)
     state = jax.tree.map(

@@ -12,8 +12,8 @@ import hashlib
 
 import numpy as np
 
-from tpmlp.model import MLP, Params
-from tpmlp.parameters import Arrays, to_numpy
+from tpmlp.model import MLP, Arrays, Params
+from tpmlp.parameters import to_numpy
 
 
 def parameter_hash(model: MLP, params: Params) -> str:

@@ -29,8 +29,8 @@ from tpmlp.exchange.tensors import (
     check_tensors,
     usable,
 )
-from tpmlp.model import MLP, Params
-from tpmlp.parameters import Arrays, from_numpy, to_numpy
+from tpmlp.model import MLP, Arrays, Params
+from tpmlp.parameters import from_numpy, to_numpy
 from tpmlp.strategy import Strategy
 
 # What zipfile, its decompressors and NumPy raise for bytes that are no archive or no array.

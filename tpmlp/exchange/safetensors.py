@@ -32,8 +32,8 @@ from tpmlp.exchange.tensors import (
     usable,
 )
 from tpmlp.extras import require
-from tpmlp.model import MLP, Params
-from tpmlp.parameters import Arrays, from_numpy, to_numpy
+from tpmlp.model import MLP, Arrays, Params
+from tpmlp.parameters import from_numpy, to_numpy
 from tpmlp.strategy import Strategy
 
 HASH_KEY = "tpmlp.parameter_hash"

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpmlp.model import MLP
-from tpmlp.parameters import Arrays
+from tpmlp.model import MLP, Arrays
 
 # float16 is in files only: Adam's 1e-8 is 0 in it. It becomes float32, which has all its numbers.
 DTYPES = ("float32", "bfloat16", "float64", "float16")

@@ -1,6 +1,6 @@
 """Graphs: vertices of any kind, forward in their order and backward in reverse, sharded."""
 
-from tpmlp.graph.graph import Graph, Repeat
+from tpmlp.graph.graph import Graph
 from tpmlp.graph.kinds import (
     Activation,
     ActivityL1,
@@ -23,6 +23,7 @@ from tpmlp.graph.kinds import (
     TokenMean,
     Tokens,
 )
+from tpmlp.graph.structure import Repeat
 from tpmlp.graph.vertex import Vertex
 
 __all__ = [

@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 
 from tpmlp.collectives import all_gather, all_reduce, reduce_scatter, transpose
-from tpmlp.graph.kinds import ActivityL1, Dropout, Source
+from tpmlp.graph.kinds import ActivityL1, Source
 from tpmlp.graph.placement import GATHER, GraphPlacement, Node
 from tpmlp.graph.rules import RULES, Given, Rule
 from tpmlp.graph.rules.elementwise import activity_value
 from tpmlp.kernels.execution import Execution, execution
+from tpmlp.kernels.network import param_dtype
 from tpmlp.xla import after, axis_size, differs_over, hold, on_cpu
 
 Params = Mapping[str, Mapping[str, jax.Array]]
@@ -47,13 +48,14 @@ class Forward(NamedTuple):
 
     Attributes:
         output: r of the output vertex, in the parameters' type.
-        activity: what vertices add to the objective, a scalar that is equal on all devices.
+        activity: what vertices add to the objective for this device's samples, "+d"; None if
+            nothing.
         values: r of every node; what nothing reads is freed.
         kept: for the backward pass.
     """
 
     output: jax.Array
-    activity: jax.Array
+    activity: jax.Array | None
     values: Arrays
     kept: Kept
 
@@ -103,23 +105,20 @@ def kept_names(placement: GraphPlacement) -> frozenset[str]:
     return frozenset(name for name in needed if not is_rebuilt(nodes[name], placement))
 
 
-def param_dtype(params: Params) -> Any:
-    """Return the type of the parameters; JAX's own where there are none."""
-    leaves = jax.tree.leaves(params)
-    return leaves[0].dtype if leaves else jax.dtypes.canonicalize_dtype(float)
-
-
-def given_for(
-    placement: GraphPlacement,
-    params: Params,
-    *,
-    words: jax.Array | None = None,
-    first_sample: Any = 0,
-    scale: jax.Array | None = None,
-) -> Given:
-    """Return what a pass is given beside parameters and inputs."""
-    run = execution(placement, param_dtype(params))
-    return Given(run, placement.sizes, words, first_sample, scale)
+def kept_specs(placement: GraphPlacement) -> Kept:
+    """Return the PartitionSpecs of what a forward pass keeps."""
+    nodes, names, residues = placement.nodes, kept_names(placement), {}
+    stays, leaves = _segments(placement)
+    values = {
+        name: placement.sharding(placement.result_layout(name), name).spec
+        for name in nodes
+        if name in (names | leaves) & stays and not isinstance(nodes[name].kind, Source)
+    }
+    for node in placement.program:
+        layout = None if isinstance(node.kind, Source) else rule_of(node).residue
+        if layout and node.segment is None:
+            residues[node.name] = placement.sharding(layout, node.name).spec
+    return Kept(values, residues)
 
 
 def forward(params: Params, inputs: Arrays, given: Given, placement: GraphPlacement) -> Forward:
@@ -128,7 +127,7 @@ def forward(params: Params, inputs: Arrays, given: Given, placement: GraphPlacem
     Args:
         params: local blocks of {vertex: {parameter: array}}.
         inputs: local blocks by source: "B/d F/s/g", "B/d T F/s/g", or ids "B/d T".
-        given: types, key and scale.
+        given: types, key and shares.
         placement: the graph on its mesh.
     """
     values: Arrays = {}
@@ -138,11 +137,11 @@ def forward(params: Params, inputs: Arrays, given: Given, placement: GraphPlacem
         values[node.name], residues[node.name] = _compute(
             node, values, params, inputs, given, placement
         )
-        if isinstance(node.kind, ActivityL1) and given.scale is not None:
+        if isinstance(node.kind, ActivityL1) and given.share is not None:
             activity.append(activity_value(node, _total(values[node.name], given.run), given))
     dtype = param_dtype(params)
     output = values[placement.graph.output].astype(dtype)
-    total = sum(activity, jnp.zeros((), given.run.total)).astype(dtype)
+    total = sum(activity[1:], activity[0]) if activity else None
     return Forward(output, total, values, _kept(values, residues, placement))
 
 
@@ -341,19 +340,25 @@ def _source(node: Node, array: jax.Array, run: Execution) -> jax.Array:
 
 def _kept(values: Arrays, residues: dict[str, Any], placement: GraphPlacement) -> Kept:
     """Return what stays, as the strategy says."""
-    segments = {node.name: node.segment for node in placement.program}
+    nodes = placement.nodes
+    stays, leaves = _segments(placement)
+    names = (kept_names(placement) | leaves) & stays
+    return Kept(
+        {name: r for name, r in values.items() if name in names},
+        {name: r for name, r in residues.items() if r is not None and not nodes[name].segment},
+    )
+
+
+def _segments(placement: GraphPlacement) -> tuple[set[str], set[str]]:
+    """Return the nodes that are not computed again, and those of them that a segment ends with."""
+    nodes = placement.nodes
     leaves = {
         name
         for node in placement.program
         for name in node.inputs
-        if segments[name] is not None and segments[name] != node.segment
+        if nodes[name].segment is not None and nodes[name].segment != node.segment
     }
-    names = kept_names(placement) | leaves
-    stays = {name for name in values if segments[name] is None or name in leaves}
-    return Kept(
-        {name: values[name] for name in values if name in names & stays},
-        {name: r for name, r in residues.items() if segments[name] is None and r is not None},
-    )
+    return {name for name in nodes if nodes[name].segment is None} | leaves, leaves
 
 
 def _total(array: jax.Array, run: Execution) -> jax.Array:

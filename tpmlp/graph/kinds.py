@@ -122,8 +122,8 @@ class Dense(Kind):
 
     def parameters(self, *inputs: Shape) -> dict[str, Parameter]:
         """Return W [width, width of the input] and b [width]."""
-        W = Parameter(("outputs", "inputs"), (self.width, inputs[0].features), "glorot", True)
-        b = Parameter(("features",), (self.width,), 0.0, False)
+        W = Parameter(("outputs", "inputs"), (self.width, inputs[0].features), "glorot")
+        b = Parameter(("features",), (self.width,), 0.0)
         return {"W": W, "b": b} if self.bias else {"W": W}
 
 
@@ -239,7 +239,7 @@ class Scale(Kind):
 
     def parameters(self, *inputs: Shape) -> dict[str, Parameter]:
         """Return scale [width]."""
-        return {"scale": Parameter(("features",), (inputs[0].features,), 1.0, False)}
+        return {"scale": Parameter(("features",), (inputs[0].features,), 1.0)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +252,7 @@ class Shift(Kind):
 
     def parameters(self, *inputs: Shape) -> dict[str, Parameter]:
         """Return shift [width]."""
-        return {"shift": Parameter(("features",), (inputs[0].features,), 0.0, False)}
+        return {"shift": Parameter(("features",), (inputs[0].features,), 0.0)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +266,7 @@ class Positions(Kind):
     def parameters(self, *inputs: Shape) -> dict[str, Parameter]:
         """Return shift [width, T]."""
         (h,) = inputs
-        return {"shift": Parameter(("features", "whole"), (h.features, h.positions), "normal", True)}
+        return {"shift": Parameter(("features", "whole"), (h.features, h.positions), "small")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +284,9 @@ class Dropout(Kind):
 
     def __post_init__(self) -> None:
         if not isinstance(self.rate, int | float) or not 0 <= self.rate < 1:
-            raise ValueError(f"rate must be in [0, 1): got rate={self.rate!r}. Use for example 0.1.")
+            raise ValueError(
+                f"rate must be in [0, 1): got rate={self.rate!r}. Use for example 0.1."
+            )
 
     @property
     def label(self) -> str:
@@ -317,7 +319,7 @@ class RMSNorm(Kind):
 
     def parameters(self, *inputs: Shape) -> dict[str, Parameter]:
         """Return scale [width]."""
-        return {"scale": Parameter(("features",), (inputs[0].features,), 1.0, False)}
+        return {"scale": Parameter(("features",), (inputs[0].features,), 1.0)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,8 +345,8 @@ class LayerNorm(Kind):
         """Return scale and shift [width]."""
         width = (inputs[0].features,)
         return {
-            "scale": Parameter(("features",), width, 1.0, False),
-            "shift": Parameter(("features",), width, 0.0, False),
+            "scale": Parameter(("features",), width, 1.0),
+            "shift": Parameter(("features",), width, 0.0),
         }
 
 
@@ -395,7 +397,11 @@ class Attention(Kind):
     @property
     def label(self) -> str:
         """What tables and pictures call it."""
-        heads = f"{self.num_heads}" if self.num_kv_heads is None else f"{self.num_heads}/{self.kv_heads}"
+        heads = (
+            f"{self.num_heads}"
+            if self.num_kv_heads is None
+            else f"{self.num_heads}/{self.kv_heads}"
+        )
         return f"Attention({heads}{', causal' if self.causal else ''})"
 
     def shape(self, *inputs: Shape) -> Shape:
@@ -458,7 +464,7 @@ class Embedding(Kind):
         """Return W [vocabulary, width], which a Dense of the vocabulary can share."""
         (ids,) = inputs
         assert ids.vocabulary is not None
-        return {"W": Parameter(("outputs", "inputs"), (ids.vocabulary, self.width), "normal", True)}
+        return {"W": Parameter(("outputs", "inputs"), (ids.vocabulary, self.width), "small")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -530,9 +536,10 @@ class Function(Kind):
     def shape(self, *inputs: Shape) -> Shape:
         """Return the shape that the function gives, tried without numbers."""
         batches = [self._try(num_samples, _vectors(inputs)) for num_samples in (2, 3)]
-        if any(shape[0] != n for shape, n in zip(batches, (2, 3), strict=True)) or len(
-            set(shape[1:] for shape in batches)
-        ) != 1:
+        if (
+            any(shape[0] != n for shape, n in zip(batches, (2, 3), strict=True))
+            or len({shape[1:] for shape in batches}) != 1
+        ):
             raise ValueError(
                 "must keep the batch: got a function that turns 2 and 3 samples into arrays of "
                 f"shapes {batches[0]} and {batches[1]}. Return one row for each sample."

@@ -14,16 +14,16 @@ over the axis or to scatter over it.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from jax.sharding import Mesh, NamedSharding
 
-from tpmlp.graph.graph import Graph
 from tpmlp.graph.kinds import Attention, Dense, Embedding, Kind, Source
-from tpmlp.graph.shape import Parameter, Shape
+from tpmlp.graph.shape import Shape
+from tpmlp.graph.structure import Structure
 from tpmlp.graph.vertex import Vertex
 from tpmlp.layout import padded, partition_spec
-from tpmlp.placement import OTHER, OnMesh, check_strategy, tensor_axes
+from tpmlp.placement import OTHER, OnMesh, OutputSpec, SampleSpec, check_strategy, tensor_axes
 from tpmlp.strategy import Strategy
 
 Orientation = tuple[str, str]  # (major, minor): mesh axes that split the features
@@ -94,7 +94,7 @@ class GraphPlacement(OnMesh):
         start: the orientation of the inputs.
     """
 
-    graph: Graph
+    graph: Structure
     words: tuple[tuple[str, str], ...]
     start: Orientation
 
@@ -118,27 +118,71 @@ class GraphPlacement(OnMesh):
         """The words by vertex."""
         return dict(self.words)
 
+    @cached_property
+    def head_axes(self) -> dict[str, str]:
+        """Mesh axis of the roles of the outputs, "C/g/s B/d" as a dense vertex gives them."""
+        axes = dict(self.output.axes)
+        if isinstance(self.output.kind, Dense):
+            return axes
+        return {"g": axes["s"], "s": axes["g"], "d": axes["d"]}
+
+    @cached_property
+    def samples(self) -> Any:
+        """What the sources are: a SampleSpec, or {source: SampleSpec} where there are several."""
+        specs = {vertex.name: self._sample_spec(vertex) for vertex in self.graph.sources}
+        return specs if len(specs) > 1 else next(iter(specs.values()))
+
+    def named_inputs(self, x: Any) -> dict[str, Any]:
+        """Return what is given for each source, by name."""
+        names = [vertex.name for vertex in self.graph.sources]
+        return dict(x) if len(names) > 1 else {names[0]: x}
+
+    @cached_property
+    def outputs(self) -> OutputSpec:
+        """What the output vertex gives."""
+        output = self.output
+        tokens = output.shape.tokens
+        layout = "B/d C/g/s" if tokens is None else "B/d T C/g/s"
+        shardings = (
+            NamedSharding(self.mesh, partition_spec(text, self.mesh, self.head_axes))
+            for text in (layout, "B/d")
+        )
+        return OutputSpec(output.width, output.padded_width, tokens, *shardings)
+
+    def _sample_spec(self, vertex: Vertex) -> SampleSpec:
+        shape = self.graph.shapes[vertex.name]
+        name = "x" if len(self.graph.sources) == 1 else f'x["{vertex.name}"]'
+        if shape.width is None:
+            layout, sizes, whole = "B/d", (shape.tokens,), (shape.tokens,)
+        elif shape.tokens is None:
+            layout, sizes, whole = "B/d F/s/g", (), ()
+        else:
+            layout, sizes, whole = "B/d T F/s/g", (shape.tokens,), (shape.tokens,)
+        if shape.width is not None:
+            sizes, whole = (*sizes, shape.width), (*whole, padded(shape.width, self.num_blocks))
+        return SampleSpec(name, sizes, whole, shape.vocabulary, self.sharding(layout, vertex.name))
+
     def layout(self, owner: str, name: str, *, held: bool = True) -> str:
         """Return the layout of a parameter: as it is held, or as its vertex uses it."""
-        parameter = self.graph.parameters[owner][name]
+        parameter = self.graph.arrays[owner][name]
         features = "F/g/s" if isinstance(self.nodes[owner].kind, Dense) else "F/s/g"
         written = {"outputs": "O/g", "inputs": "I/s", "features": features, "whole": "T"}
         first, *others = (written[dim] for dim in parameter.dims)
         return " ".join([f"{first}/d" if held and self.splits_data else first, *others])
 
+    def result_layout(self, name: str) -> str:
+        """Return the layout of what a node gives, inside the kernel."""
+        kind = self.nodes[name].kind
+        if kind is GATHER:
+            return "F/s B/d"
+        return "F/g/s B/d" if kind is TURN or isinstance(kind, Dense) else "F/s/g B/d"
+
     def sharding(self, layout: str, node: str) -> NamedSharding:
         """Return the NamedSharding of a layout under the roles of a node."""
         return NamedSharding(self.mesh, partition_spec(layout, self.mesh, self.nodes[node].axes))
 
-    def padded_shape(self, parameter: Parameter) -> tuple[int, ...]:
-        """Return the shape of a parameter's array."""
-        return tuple(
-            size if dim == "whole" else padded(size, self.num_blocks)
-            for dim, size in zip(parameter.dims, parameter.shape, strict=True)
-        )
 
-
-def place_graph(graph: Graph, mesh: Mesh, strategy: Strategy | None = None) -> GraphPlacement:
+def place_graph(graph: Structure, mesh: Mesh, strategy: Strategy | None = None) -> GraphPlacement:
     """Return where a graph lives on a mesh under a strategy.
 
     Raises:
@@ -152,14 +196,14 @@ def _check(strategy: Strategy) -> Strategy:
     for name, needed in (("overlap", "none"), ("reduction", "fast")):
         if (value := getattr(strategy, name)) != needed:
             raise ValueError(
-                f"{name} must be {needed!r} for a Graph: got {name}={value!r}. Only an MLP can have "
-                f"another; leave {name} out."
+                f"{name} must be {needed!r} for a Graph: got {name}={value!r}. Only an MLP can "
+                f"have another; leave {name} out."
             )
     return strategy
 
 
 @lru_cache(maxsize=64)
-def _place(graph: Graph, mesh: Mesh, strategy: Strategy) -> GraphPlacement:
+def _place(graph: Structure, mesh: Mesh, strategy: Strategy) -> GraphPlacement:
     main, other = tensor_axes(mesh)
     _check_heads(graph, mesh)
     free = mesh.shape[other] == 1
@@ -171,7 +215,7 @@ def _place(graph: Graph, mesh: Mesh, strategy: Strategy) -> GraphPlacement:
     return GraphPlacement(graph=graph, mesh=mesh, strategy=strategy, words=words, start=start)
 
 
-def _check_heads(graph: Graph, mesh: Mesh) -> None:
+def _check_heads(graph: Structure, mesh: Mesh) -> None:
     num_devices = mesh.shape["x"] * mesh.shape["y"]
     for vertex in graph.order:
         kind = vertex.kind
@@ -184,7 +228,7 @@ def _check_heads(graph: Graph, mesh: Mesh) -> None:
             )
 
 
-def matrices(graph: Graph) -> list[Vertex]:
+def matrices(graph: Structure) -> list[Vertex]:
     """Return the vertices that have a matrix of their own, in order."""
     return [
         vertex
@@ -193,7 +237,7 @@ def matrices(graph: Graph) -> list[Vertex]:
     ]
 
 
-def _words(graph: Graph, mesh: Mesh, strategy: Strategy) -> tuple[tuple[str, str], ...]:
+def _words(graph: Structure, mesh: Mesh, strategy: Strategy) -> tuple[tuple[str, str], ...]:
     names = [vertex.name for vertex in matrices(graph)]
     layout = strategy.layout
     if isinstance(layout, tuple):
@@ -210,7 +254,7 @@ def _words(graph: Graph, mesh: Mesh, strategy: Strategy) -> tuple[tuple[str, str
     return tuple((name, _fewest_words(graph, name)) for name in names)
 
 
-def _fewest_words(graph: Graph, owner: str) -> str:
+def _fewest_words(graph: Structure, owner: str) -> str:
     """Choose the word that moves fewer words over one axis; column where it makes no difference.
 
     As in tpmlp.kernels.cost.layer_words; what several dense vertices read is gathered once for all.

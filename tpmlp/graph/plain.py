@@ -1,4 +1,4 @@
-"""Graphs on one device, as one writes them without this package: what the rules are checked against.
+"""Graphs on one device, as one writes them without this package: what the rules are checked by.
 
 Arrays are whole, at logical widths, samples first; gradients are jax.grad's. Nothing here is shared
 with the rules but the activations and the random bits of dropout.
@@ -13,8 +13,8 @@ from jax.extend.random import threefry2x32_p
 
 from tpmlp.activations import activate
 from tpmlp.graph import kinds
-from tpmlp.graph.graph import Graph
 from tpmlp.graph.shape import seed_of
+from tpmlp.graph.structure import Structure
 from tpmlp.graph.vertex import Vertex
 
 Params = Mapping[str, Mapping[str, jax.Array]]
@@ -22,7 +22,7 @@ Function = Callable[..., jax.Array]
 
 
 def outputs(
-    graph: Graph,
+    graph: Structure,
     params: Params,
     inputs: Mapping[str, jax.Array],
     *,
@@ -52,7 +52,7 @@ def outputs(
     return values
 
 
-def activity(graph: Graph, values: Mapping[str, jax.Array], share: jax.Array) -> jax.Array:
+def activity(graph: Structure, values: Mapping[str, jax.Array], share: jax.Array) -> jax.Array:
     """Return what vertices add to the objective; `share` [B] is what each sample counts."""
     total = jnp.zeros(())
     for vertex in graph.order:
@@ -115,16 +115,14 @@ def _rotary(a: jax.Array) -> jax.Array:
     return jnp.concatenate([turned.real, turned.imag], axis=-1)
 
 
-def _dropout(
-    kind: Any, name: str, h: jax.Array, words: jax.Array | None
-) -> jax.Array:
+def _dropout(kind: Any, name: str, h: jax.Array, words: jax.Array | None) -> jax.Array:
     if words is None or kind.rate == 0:
         return h
     columns = h.reshape(-1, h.shape[-1])
-    token, feature = (
-        jax.lax.broadcasted_iota(jnp.uint32, columns.shape, dim) for dim in (0, 1)
-    )
-    key = [jnp.full(columns.shape, word) for word in (words[0] ^ jnp.uint32(seed_of(name)), words[1])]
+    token, feature = (jax.lax.broadcasted_iota(jnp.uint32, columns.shape, dim) for dim in (0, 1))
+    key = [
+        jnp.full(columns.shape, word) for word in (words[0] ^ jnp.uint32(seed_of(name)), words[1])
+    ]
     bits, _ = threefry2x32_p.bind(*key, token, feature)
     kept = (bits >= jnp.uint32(round(kind.rate * 2**32))).reshape(h.shape)
     return jnp.where(kept, h / (1 - kind.rate), 0)

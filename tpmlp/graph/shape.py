@@ -50,15 +50,13 @@ class Parameter(NamedTuple):
         dims: what each dim is: "outputs" and "inputs" are split over the axes that the vertex
             gathers and scatters over, "features" over both tensor axes, "whole" is not split.
         shape: logical.
-        start: how it is drawn: "glorot" and "he" uniform, "normal" with deviation 0.02, or a
-            number that all elements have.
-        is_weight: whether R(W) counts it.
+        start: how it is drawn: "glorot", or with deviation 0.02: "small"; or a number that all
+            elements have.
     """
 
     dims: tuple[Literal["outputs", "inputs", "features", "whole"], ...]
     shape: tuple[int, ...]
-    start: Literal["glorot", "he", "normal"] | float
-    is_weight: bool
+    start: Literal["glorot", "small"] | float
 
 
 def seed_of(name: str) -> int:

@@ -48,7 +48,7 @@ class Vertex:
                 f'vertex "{name}" must have {kind.num_inputs} inputs, as it is {kind.label}: got '
                 f"{len(inputs)}: {inputs}."
             )
-        for field, value in zip(("name", "kind", "inputs", "share"), (name, kind, inputs, share)):
+        for field, value in zip(self.__slots__, (name, kind, inputs, share), strict=True):
             object.__setattr__(self, field, value)
 
     @staticmethod

@@ -20,11 +20,13 @@ from jax.sharding import Mesh
 
 from tpmlp.activations import ACTIVATIONS
 from tpmlp.batch import Batch, place_batch
+from tpmlp.kernels.backprop import Chain
 from tpmlp.kernels.curvature import gauss_newton_product
 from tpmlp.losses import UserLoss
-from tpmlp.model import MLP, Params, param_shardings
+from tpmlp.model import MLP, Params
+from tpmlp.models import check_is_chain
 from tpmlp.objective import Objective, make_objective
-from tpmlp.parameters import check_params, clear_padding, logical_layers
+from tpmlp.parameters import check_params, clear_padding, logical_params
 from tpmlp.regularizers import UserPenalty
 from tpmlp.strategy import Strategy
 
@@ -85,6 +87,7 @@ def hessian_vector_product(
     References:
         Pearlmutter 1994, Fast exact multiplication by the Hessian, Neural Computation 6.
     """
+    check_is_chain(model, "products with a curvature")
     objective = make_objective(
         model, loss=loss, mesh=mesh, regularizer=regularizer, strategy=strategy
     )
@@ -144,6 +147,7 @@ def gauss_newton_vector_product(
         Schraudolph 2002, Fast curvature matrix-vector products for second-order gradient descent,
         Neural Computation 14.
     """
+    check_is_chain(model, "products with a curvature")
     objective = make_objective(
         model, loss=loss, mesh=mesh, regularizer=regularizer, strategy=strategy
     )
@@ -159,8 +163,8 @@ def _hessian_product(objective: Objective, params: Params, v: Params, batch: Bat
 
 
 def _gauss_newton_product(objective: Objective, params: Params, v: Params, batch: Batch) -> Params:
-    def body(*blocks: Any) -> Params:
-        return gauss_newton_product(*blocks, chain=objective.chain, loss=objective.loss)
+    def body(chain: Chain, *blocks: Any) -> Params:
+        return gauss_newton_product(*blocks, chain=chain, loss=objective.loss)
 
     run = objective.map(body, objective.param_specs, more_specs=(objective.param_specs,))
     product = run(params, batch, v)
@@ -177,7 +181,7 @@ def _compiled(product: Product, objective: Objective) -> Callable[..., Params]:
     def run(params: Params, v: Params, batch: Batch) -> Params:
         return product(objective, params, clear_padding(objective.model, v), batch)
 
-    return jax.jit(run, out_shardings=param_shardings(objective.model, objective.placement))
+    return jax.jit(run, out_shardings=objective.model.shardings(objective.placement))
 
 
 def _checked(
@@ -229,7 +233,7 @@ def _check_loss(objective: Objective, batch: Batch, dtype: Any) -> None:
 def _check_penalty(objective: Objective, params: Params) -> None:
     penalty = objective.regularizer
     if isinstance(penalty, UserPenalty):
-        layers = jax.eval_shape(lambda p: logical_layers(objective.model, p), params)
+        layers = jax.eval_shape(lambda p: logical_params(objective.model, p), params)
         _check_jvp("regularizer must have a gradient", jax.grad(penalty.value), layers)
 
 

@@ -18,7 +18,9 @@ from jax.sharding import Mesh, PartitionSpec
 from tpmlp.batch import Batch, place_batch
 from tpmlp.checks import check_positive
 from tpmlp.kernels import per_example as kernel
+from tpmlp.kernels.backprop import Chain
 from tpmlp.model import MLP, Params
+from tpmlp.models import check_is_chain
 from tpmlp.objective import Objective, make_objective
 from tpmlp.parameters import check_params
 from tpmlp.strategy import Strategy
@@ -230,6 +232,7 @@ def gradient_noise_scale(
 
 
 def _make_objective(model: MLP, loss: Any, mesh: Mesh, strategy: Strategy | None) -> Objective:
+    check_is_chain(model, "gradients of one sample")
     if loss is None:
         raise ValueError(
             "loss must be a loss of one sample: got loss=None. For a gradient with given "
@@ -245,16 +248,16 @@ def _place(objective: Objective, params: Params, batch: Batch) -> tuple[Params, 
 
 @lru_cache(maxsize=16)
 def _norms(objective: Objective) -> Callable[[Params, Batch], jax.Array]:
-    def body(*blocks: Any) -> jax.Array:
-        return kernel.norms(*blocks, chain=objective.chain, loss=objective.loss)
+    def body(chain: Chain, *blocks: Any) -> jax.Array:
+        return kernel.norms(*blocks, chain=chain, loss=objective.loss)
 
     return jax.jit(objective.map(body, objective.placement.spec("B/d", 1)))
 
 
 @lru_cache(maxsize=16)
 def _clipped(objective: Objective) -> Callable[[Params, Batch, Any], kernel.Clipped]:
-    def body(*blocks: Any) -> kernel.Clipped:
-        return kernel.clipped_sum(*blocks, chain=objective.chain, loss=objective.loss)
+    def body(chain: Chain, *blocks: Any) -> kernel.Clipped:
+        return kernel.clipped_sum(*blocks, chain=chain, loss=objective.loss)
 
     rows = objective.placement.spec("B/d", 1)
     specs = kernel.Clipped._make([rows, rows, objective.param_specs])
@@ -263,8 +266,8 @@ def _clipped(objective: Objective) -> Callable[[Params, Batch, Any], kernel.Clip
 
 @lru_cache(maxsize=16)
 def _noise_scale(objective: Objective) -> Callable[[Params, Batch], NoiseScale]:
-    def body(*blocks: Any) -> kernel.Moments:
-        return kernel.moments(*blocks, chain=objective.chain, loss=objective.loss)
+    def body(chain: Chain, *blocks: Any) -> kernel.Moments:
+        return kernel.moments(*blocks, chain=chain, loss=objective.loss)
 
     specs = kernel.Moments._make([PartitionSpec()] * 3)
     moments = objective.map(body, specs)

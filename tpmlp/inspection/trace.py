@@ -12,8 +12,10 @@ from jax.sharding import Mesh, PartitionSpec
 from tpmlp.batch import Batch, place_batch
 from tpmlp.inspection.depth import Block, DepthSummary, plot_depth, summarize_depth
 from tpmlp.kernels import backprop
+from tpmlp.kernels.backprop import Chain
 from tpmlp.kernels.execution import execution
 from tpmlp.model import MLP, Params
+from tpmlp.models import check_is_chain
 from tpmlp.objective import Objective, make_objective
 from tpmlp.parameters import check_params
 from tpmlp.strategy import Strategy
@@ -167,6 +169,7 @@ def trace(
         >>> t.g[1].shape, t.logical("g", 1).shape
         ((3, 8), (3, 6))
     """
+    check_is_chain(model, "trace")
     objective = make_objective(
         model, loss=loss, mesh=mesh, regularizer=regularizer, strategy=strategy
     )
@@ -187,17 +190,16 @@ def trace(
 
 @lru_cache(maxsize=16)
 def _traced(objective: Objective) -> Any:
-    chain = objective.chain
-
-    def body(layers: Any, x: jax.Array, y: Any, weight: jax.Array) -> _Rows:
-        result = objective.run(layers, x, y, weight)
+    def body(chain: Chain, layers: Any, *samples: Any) -> _Rows:
+        result = objective.run(chain, layers, *samples)
+        all_z, all_g = result.arrays
         run = execution(chain.placement, layers[0][0].dtype)
-        hidden = list(enumerate(result.z[:-1], 1))
+        hidden = list(enumerate(all_z[:-1], 1))
         return _Rows(
             h=[backprop.layer_input(z, l + 1, run, chain).T for l, z in hidden],
-            z=[z.T for z in result.z],
+            z=[z.T for z in all_z],
             sigma_prime=[backprop.sigma_prime(z.astype(run.total), l, chain).T for l, z in hidden],
-            g=[g.T for g in result.g],
+            g=[g.T for g in all_g],
             grads=result.grads,
             loss=result.value.loss,
         )

@@ -28,7 +28,8 @@ from tpmlp.inspection.bounds import Operation, Phase, Roundoff, operations, unit
 from tpmlp.inspection.trace import Name, Trace, trace
 from tpmlp.kernels.execution import Execution, execution
 from tpmlp.losses import Loss, get_loss
-from tpmlp.model import MLP, chain_of
+from tpmlp.model import MLP
+from tpmlp.models import check_is_chain
 from tpmlp.parameters import from_numpy, to_numpy
 from tpmlp.placement import Placement
 from tpmlp.strategy import Strategy
@@ -175,8 +176,9 @@ def verify(
         >>> report.ok, len(report.checks)
         (True, 12)
     """
+    check_is_chain(model, "verify")
     kind = _check_arguments(kind, batch_size, strategy)
-    placement = chain_of(model, mesh, strategy).placement
+    placement = model.place(mesh, strategy)
     if kind == "integers":
         model, loss = replace(model, activation="relu"), "output"
     meant = get_loss(loss)

@@ -14,12 +14,15 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import PartitionSpec
 
 from tpmlp.activations import Activation, activate
-from tpmlp.collectives import transpose
+from tpmlp.collectives import transpose, zeros
 from tpmlp.kernels import blocks, dense, invariant, ring
 from tpmlp.kernels.execution import Execution, execution
+from tpmlp.kernels.network import Finished, Passed
 from tpmlp.kernels.padding import clear_rows
+from tpmlp.losses import Head
 from tpmlp.placement import Placement
 from tpmlp.strategy import Strategy
 from tpmlp.xla import after, axis_size, hold
@@ -28,7 +31,7 @@ Layers = Any  # ((W_1, b_1 or None), ...), local blocks
 
 
 class Chain(NamedTuple):
-    """The static description of a chain of dense layers.
+    """The static description of a chain of dense layers: a tpmlp.kernels.network.Network.
 
     Attributes:
         placement: roles, widths and strategy.
@@ -37,6 +40,73 @@ class Chain(NamedTuple):
 
     placement: Placement
     activation: Activation
+
+    @property
+    def head(self) -> Head:
+        """Where z_{L+1} is."""
+        return Head(num_outputs=self.placement.widths[-1], axes=self.placement.axes[-1])
+
+    @property
+    def adds(self) -> bool:
+        """Nothing: it adds nothing to the objective."""
+        return False
+
+    def forward(self, layers: Layers, x: jax.Array, share: jax.Array | None) -> Passed:
+        """Run `forward`, and `backward` when asked to; the arrays of a trace are (z, g)."""
+        passed = forward(layers, x, self)
+
+        def back(g: jax.Array, reduce: bool) -> Finished:
+            result = backward(layers, x, keep(passed, self), g, self, reduce=reduce)
+            return Finished(result.grads, (passed.z, result.g))
+
+        return Passed(passed.z[-1], None, back)
+
+    @property
+    def kept_specs(self) -> list[PartitionSpec | None]:
+        """PartitionSpecs of z_1 .. z_L; None where it is not kept."""
+        num_layers, placement = len(self.placement.words), self.placement
+        return [
+            placement.spec("O/g/s B/d", l) if is_kept(l, num_layers, placement.strategy) else None
+            for l in range(1, num_layers)
+        ]
+
+    def outputs(self, layers: Layers, x: jax.Array) -> tuple[jax.Array, list[jax.Array | None]]:
+        """Return z_{L+1} and the z that are kept; gathered inputs are not."""
+        passed = forward(layers, x, self)
+        return passed.z[-1], keep(passed, self).z
+
+    def gradients(
+        self, layers: Layers, x: jax.Array, kept: list[jax.Array | None], g: jax.Array
+    ) -> tuple[Layers, jax.Array]:
+        """Return gradients by the layers and by x, laid out as these."""
+        result = backward(layers, x, Kept(kept, [None] * len(layers)), g, self)
+        grads = jax.tree.map(lambda dw, w: dw.astype(w.dtype), result.grads, layers)
+        return grads, result.dx.T.astype(x.dtype)
+
+    def reduce(self, grads: Layers) -> Layers:
+        """Sum gradients over the data axis that are not."""
+        return reduce_gradients(grads, self)
+
+    def zeros(self, layers: Layers, dtype: Any) -> Layers:
+        """Return the gradients of no samples."""
+        placement = self.placement
+        split = placement.splits_data
+        W_layout, b_layout = placement.param_layouts if split else ("O/g I/s +d", "O/g/s +d")
+        return tuple(
+            (
+                zeros(W_layout, W.shape, dtype, **axes),
+                None if b is None else zeros(b_layout, b.shape, dtype, **axes),
+            )
+            for (W, b), axes in zip(layers, placement.axes, strict=True)
+        )
+
+    def at(self, first_sample: Any) -> "Chain":
+        """Return the chain: all samples are alike to it."""
+        return self
+
+    def dropping(self, words: jax.Array) -> "Chain":
+        """Return the chain: it drops nothing."""
+        return self
 
 
 class Forward(NamedTuple):

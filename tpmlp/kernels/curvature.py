@@ -17,7 +17,7 @@ import jax
 
 from tpmlp.kernels import backprop
 from tpmlp.kernels.backprop import Chain, Layers
-from tpmlp.kernels.objective import sum_parts, terms_of
+from tpmlp.kernels.objective import Samples, sum_parts, terms_of
 from tpmlp.losses import Loss
 
 
@@ -47,7 +47,9 @@ def gauss_newton_product(
     terms = terms_of(chain)
     total = terms.total_weight(weight, chain)
 
-    def one_pass(x: Any, y: Any, weight: Any, reduce: bool) -> tuple[jax.Array, Layers]:
+    def one_pass(part: Samples, chain: Chain, reduce: bool) -> tuple[jax.Array, Layers]:
+        x, y, weight = part
+
         def outputs(layers: Layers) -> tuple[jax.Array, Any]:
             passed = backprop.forward(layers, x, chain)
             return passed.z[-1], backprop.keep(passed, chain).z
@@ -61,5 +63,5 @@ def gauss_newton_product(
         kept = backprop.Kept(kept, [None] * len(layers))
         return sums, backprop.backward(layers, x, kept, dg, chain, reduce=reduce).grads
 
-    _, product = sum_parts(one_pass, layers, (x, y, weight), chain)
+    _, product = sum_parts(one_pass, layers, Samples(x, y, weight), chain)
     return jax.tree.map(lambda product, w: product.astype(w.dtype), product, layers)

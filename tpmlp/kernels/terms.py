@@ -10,29 +10,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import SequenceKey
 
 from tpmlp.collectives import all_reduce, einsum, transpose
-from tpmlp.kernels.backprop import Chain, Layers
-from tpmlp.losses import Head, Loss, PerSample
+from tpmlp.kernels.network import Network, Params, param_dtype
+from tpmlp.losses import Loss, PerSample
 from tpmlp.regularizers import ElementwisePenalty
 
 
-def total_weight(weight: jax.Array, chain: Chain) -> jax.Array:
+def total_weight(weight: jax.Array, network: Network) -> jax.Array:
     """Return the sum of the weights of all samples, from those of this device's."""
-    axes = chain.placement.axes[-1]
+    axes = network.head.axes
     return all_reduce("+d -> ", einsum("B/d -> +d", weight, **axes), **axes)
 
 
-def per_sample(z: jax.Array, y: Any, chain: Chain, loss: Loss) -> PerSample:
+def per_sample(z: jax.Array, y: Any, network: Network, loss: Loss) -> PerSample:
     """Return each sample's own loss and its gradient by z = z_{L+1}, "C/g/s B/d"."""
-    axes = chain.placement.axes[-1]
+    axes = network.head.axes
     if loss.targets == "values":
         y = transpose("B/d C/g/s -> C/g/s B/d", y, **axes)
-    return loss.per_sample(z, y, Head(num_outputs=chain.placement.widths[-1], axes=axes))
+    return loss.per_sample(z, y, network.head)
 
 
 def at_outputs(
-    z: jax.Array, y: Any, weight: jax.Array, total: jax.Array, chain: Chain, loss: Loss
+    z: jax.Array, y: Any, weight: jax.Array, total: jax.Array, network: Network, loss: Loss
 ) -> tuple[jax.Array, jax.Array]:
     """Return the sums of loss and correct over this device's samples, and g_{L+1}.
 
@@ -41,15 +42,15 @@ def at_outputs(
         y: targets, "B/d" or "B/d C/g/s" as the loss says.
         weight: "B/d".
         total: the total weight, of all samples.
-        chain: placement and activation.
+        network: where the outputs are.
         loss: the loss.
 
     Returns:
         sums: of the weighted terms, "K +d" with K = 2.
         g: "C/g/s B/d", 0 for samples of weight 0.
     """
-    sample = per_sample(z, y, chain, loss)
-    sums = einsum("K B/d -> K +d", weighted(sample, weight), **chain.placement.axes[-1])
+    sample = per_sample(z, y, network, loss)
+    sums = einsum("K B/d -> K +d", weighted(sample, weight), **network.head.axes)
     return sums, weighted_gradient(sample, weight, total, loss)
 
 
@@ -67,11 +68,17 @@ def weighted_gradient(
     return jnp.where(weight[None] != 0, sample.gradient * scale[None], 0)
 
 
-def means(
-    sums: jax.Array, total: jax.Array, chain: Chain, loss: Loss
-) -> tuple[jax.Array, jax.Array]:
-    """Return the loss of all samples and the share of right predictions, from "K +d" sums."""
-    return divided(all_reduce("K +d -> K", sums, **chain.placement.axes[-1]), total, loss)
+def means(sums: jax.Array, total: jax.Array, network: Network, loss: Loss) -> tuple[jax.Array, ...]:
+    """Return the loss of all samples, the share of right predictions, and what the model adds.
+
+    Args:
+        sums: "K +d" of these three; of two where the model adds nothing.
+        total: the total weight.
+        network: where the outputs are.
+        loss: the loss.
+    """
+    sums = all_reduce("K +d -> K", sums, **network.head.axes)
+    return *divided(sums[:2], total, loss), *sums[2:]
 
 
 def divided(sums: jax.Array, total: jax.Array, loss: Loss) -> tuple[jax.Array, jax.Array]:
@@ -81,26 +88,38 @@ def divided(sums: jax.Array, total: jax.Array, loss: Loss) -> tuple[jax.Array, j
     return loss_sum / total if loss.reduction == "mean" else loss_sum, correct / total
 
 
-def penalty_value(layers: Layers, chain: Chain, penalty: ElementwisePenalty) -> jax.Array:
+def penalty_value(params: Params, network: Network, penalty: ElementwisePenalty) -> jax.Array:
     """Compute R(W): each device sums its blocks, and one all-reduce adds the sums."""
-    counted = [a for W, b in layers for a in (W, b if penalty.biases else None) if a is not None]
+    counted = [
+        array
+        for path, array in jax.tree.leaves_with_path(params)
+        if penalty.biases or is_weight(path)
+    ]
+    if not counted:
+        return jnp.zeros((), param_dtype(params))
     local = jnp.sum(jnp.stack([penalty.value(block) for block in counted]))
-    partial = "+g+s+d -> " if chain.placement.splits_data else "+g+s -> "
-    return all_reduce(partial, local, **chain.placement.axes[-1])
+    partial = "+g+s+d -> " if network.placement.splits_data else "+g+s -> "
+    return all_reduce(partial, local, **network.head.axes)
 
 
-def add_penalty(layers: Layers, grads: Layers, chain: Chain, penalty: ElementwisePenalty) -> Layers:
+def add_penalty(
+    params: Params, grads: Params, network: Network, penalty: ElementwisePenalty
+) -> Params:
     """Add the gradient of R to gradients in the parameters' type."""
-    return tuple(
-        (
-            dW + penalty.gradient(W),
-            db + penalty.gradient(b) if penalty.biases and b is not None else db,
-        )
-        for (W, b), (dW, db) in zip(layers, grads, strict=True)
-    )
+
+    def add(path: Any, array: jax.Array, grad: jax.Array) -> jax.Array:
+        return grad + penalty.gradient(array) if penalty.biases or is_weight(path) else grad
+
+    return jax.tree.map_with_path(add, params, grads)
 
 
-def global_norm(layers: Layers, chain: Chain) -> jax.Array:
+def is_weight(path: Any) -> bool:
+    """Return whether a path of the parameters' tree ends at a W: in (W, b), or under its name."""
+    end = path[-1]
+    return end.idx == 0 if isinstance(end, SequenceKey) else end.key == "W"
+
+
+def global_norm(params: Params, network: Network) -> jax.Array:
     """Compute sqrt(sum_l |W_l|^2 + |b_l|^2): each device sums its blocks, one all-reduce the sums.
 
     The sum goes over the axes that split the blocks and over no other: a block that devices hold
@@ -110,20 +129,20 @@ def global_norm(layers: Layers, chain: Chain) -> jax.Array:
         communication  2 (p-1)/p words over the p devices that the parameters are split over
 
     Args:
-        layers: local blocks of ((W_1, b_1 or None), ...), laid out as the parameters.
-        chain: placement and activation.
+        params: local blocks, laid out as the parameters.
+        network: where the outputs are.
 
     Returns:
         A scalar, equal on all devices, in `norm_dtype`.
     """
-    dtype = norm_dtype(layers)
-    partial = "+g+s+d -> " if chain.placement.splits_data else "+g+s -> "
-    blocks = jax.tree.leaves(layers)
+    dtype = norm_dtype(params)
+    partial = "+g+s+d -> " if network.placement.splits_data else "+g+s -> "
+    blocks = jax.tree.leaves(params)
     squares = jnp.stack([jnp.sum(jnp.square(block.astype(dtype))) for block in blocks])
-    return jnp.sqrt(all_reduce(partial, jnp.sum(squares), **chain.placement.axes[-1]))
+    return jnp.sqrt(all_reduce(partial, jnp.sum(squares), **network.head.axes))
 
 
-def norm_dtype(layers: Layers) -> Any:
+def norm_dtype(params: Params) -> Any:
     """Return the widest type of the blocks and float32."""
-    types = [jnp.dtype(jnp.float32), *(block.dtype for block in jax.tree.leaves(layers))]
+    types = [jnp.dtype(jnp.float32), *(block.dtype for block in jax.tree.leaves(params))]
     return max(types, key=lambda dtype: dtype.itemsize)

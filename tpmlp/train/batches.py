@@ -6,7 +6,7 @@ read; a step only picks rows. Every batch has the same shape: where rows run out
 with a copy of the last sample that has weight 0 and is kept after it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -14,11 +14,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tpmlp.batch import Batch, batch_shardings, check_shapes, fill
+from tpmlp.batch import (
+    Batch,
+    batch_shardings,
+    check_sample_values,
+    check_shapes,
+    check_target_values,
+    fill_batch,
+)
 from tpmlp.checks import check_finite, check_weight
 from tpmlp.layout import padded
 from tpmlp.losses import Loss
-from tpmlp.placement import Placement
+from tpmlp.placement import SampleSpec
 
 
 def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
@@ -102,14 +109,14 @@ class Samples:
         host: NumPy arrays with padded features; after the last sample its copy of weight 0.
     """
 
-    placement: Placement
+    placement: Any
     loss: Loss
     host: Batch
 
     @property
     def num_samples(self) -> int:
         """Samples there are, the copy not counted."""
-        return len(self.host.x) - 1
+        return len(self.host.weight) - 1
 
     @cached_property
     def shardings(self) -> Batch:
@@ -132,10 +139,10 @@ class Samples:
 
     def _pick(self, index: np.ndarray) -> Batch:
         # A new array each time: on CPU a device may go on reading the memory it was given.
-        return Batch(*(a if a is None else np.take(a, index, axis=0) for a in self.host))
+        return jax.tree.map(lambda a: np.take(a, index, axis=0), self.host)
 
 
-def read_samples(name: str, data: Any, *, placement: Placement, loss: Loss, dtype: Any) -> Samples:
+def read_samples(name: str, data: Any, *, placement: Any, loss: Loss, dtype: Any) -> Samples:
     """Check samples and bring them into the form that batches are cut from.
 
     Rows of weight 0 are left out: they count nowhere, and a batch of nothing else would have no
@@ -156,43 +163,45 @@ def read_samples(name: str, data: Any, *, placement: Placement, loss: Loss, dtyp
         batch = _checked(data, placement, loss, np.dtype(dtype))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    kept = batch.weight > 0
+    kept = (batch.weight > 0).reshape(len(batch.weight), -1).any(axis=1)
     if not kept.all():
-        batch = Batch(*(a if a is None else a[kept] for a in batch))
-    rows, (d_in, d_out) = len(batch.x) + 1, (placement.padded_widths[i] for i in (0, -1))
-    x, y, weight = batch
-    if y is not None:
-        y = fill(y, (rows, *((d_out,) if loss.targets == "values" else y.shape[1:])), np)
-    return Samples(
-        placement,
-        loss,
-        Batch(fill(x, (rows, d_in), np), y, np.append(weight, weight.dtype.type(0))),
-    )
+        batch = jax.tree.map(lambda a: a[kept], batch)
+    return Samples(placement, loss, fill_batch(placement, loss, batch, len(batch.weight) + 1, np))
 
 
-def _checked(data: Any, placement: Placement, loss: Loss, dtype: np.dtype) -> Batch:
+def _checked(data: Any, placement: Any, loss: Loss, dtype: np.dtype) -> Batch:
     if not isinstance(data, tuple | list) or len(data) not in (2, 3):
         raise ValueError(
             f"must be (x, y) or (x, y, weight): got {type(data).__name__}"
             f"{f' of length {len(data)}' if isinstance(data, tuple | list) else ''}. "
             "Use y=None for a loss without targets."
         )
-    x, y, weight = (None if a is None else np.asarray(a) for a in (*data, None)[:3])
+    x, *others = (*data, None)[:3]
+    x = {n: np.asarray(a) for n, a in x.items()} if isinstance(x, Mapping) else np.asarray(x)
+    y, weight = (None if a is None else np.asarray(a) for a in others)
     batch = check_shapes(placement, loss, Batch(x, y, weight))
+
+    def cast(spec: SampleSpec, x: np.ndarray) -> np.ndarray:
+        if spec.vocabulary is None:
+            return x.astype(dtype)
+        # Before they are cast: 2^32 + 1 must not become id 1.
+        check_sample_values(spec, x)
+        return x.astype(np.int32)
+
     # A float64 that float32 cannot hold becomes infinite, and is refused as such.
     with np.errstate(over="ignore"):
-        x, weight = batch.x.astype(dtype), batch.weight.astype(dtype)
+        x, weight = jax.tree.map(cast, placement.samples, batch.x), batch.weight.astype(dtype)
         y = _checked_targets(batch.y, placement, loss, dtype)
-    check_finite("x", x)
+    jax.tree.map(check_sample_values, placement.samples, x)
     check_weight(weight)
     return Batch(x, y, weight)
 
 
-def _checked_targets(y: Any, placement: Placement, loss: Loss, dtype: np.dtype) -> Any:
+def _checked_targets(y: Any, placement: Any, loss: Loss, dtype: np.dtype) -> Any:
     if y is None:
         return None
     # Labels before they are cast: 2^32 + 1 must not become class 1.
-    loss.check_target_values(y, placement.widths[-1])
+    check_target_values(placement, loss, y)
     values = loss.targets == "values"
     y = y.astype(dtype if values else jax.dtypes.canonicalize_dtype(y.dtype))
     if values:

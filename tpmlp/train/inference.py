@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tpmlp.checks import check_count
-from tpmlp.kernels import backprop
-from tpmlp.model import MLP, Params
+from tpmlp.kernels.network import Network, param_dtype
+from tpmlp.models import Model
 from tpmlp.objective import Evaluated, Objective, make_objective
 from tpmlp.parameters import check_params
 from tpmlp.strategy import Strategy
@@ -52,8 +52,8 @@ class Evaluation:
 
 
 def predict(
-    model: MLP,
-    params: Params,
+    model: Model,
+    params: Any,
     x: Any,
     *,
     mesh: Mesh,
@@ -92,14 +92,15 @@ def predict(
     samples = _checked(objective, params, (x, None))
     size = eval_batch_size(batch_size, samples.num_samples)
     outputs = _compiled_outputs(objective)
+    width = objective.placement.outputs.width
     results = (outputs(params, batch) for batch, _ in samples.in_order(size))
-    rows = [np.asarray(result)[:size, : model.widths[-1]] for result in in_flight(results)]
+    rows = [np.asarray(result)[:size, ..., :width] for result in in_flight(results)]
     return _KINDS[kind](np.concatenate(rows)[: samples.num_samples])
 
 
 def evaluate(
-    model: MLP,
-    params: Params,
+    model: Model,
+    params: Any,
     data: Any,
     *,
     loss: Any,
@@ -132,7 +133,7 @@ def evaluate(
 
 
 def evaluate_samples(
-    objective: Objective, params: Params, samples: Samples, batch_size: int
+    objective: Objective, params: Any, samples: Samples, batch_size: int
 ) -> Evaluation:
     """Return the objective on samples that are checked; means are joined in float64."""
     run = _compiled_evaluate(objective)
@@ -155,7 +156,7 @@ def evaluate_samples(
     )
 
 
-def warm_up(objective: Objective, params: Params, samples: Samples, batch_size: int) -> None:
+def warm_up(objective: Objective, params: Any, samples: Samples, batch_size: int) -> None:
     """Compile what `evaluate_samples` will run."""
     batch, _ = next(samples.in_order(batch_size))
     jax.block_until_ready(_compiled_evaluate(objective)(params, batch))
@@ -177,9 +178,9 @@ def eval_batch_size(batch_size: int | None, num_samples: int) -> int:
     return min(wanted, num_samples)
 
 
-def _checked(objective: Objective, params: Params, data: Any) -> Samples:
+def _checked(objective: Objective, params: Any, data: Any) -> Samples:
     check_params(objective.model, params, objective.placement)
-    dtype = params[0][0].dtype
+    dtype = param_dtype(params)
     return read_samples(
         "data", data, placement=objective.placement, loss=objective.loss, dtype=dtype
     )
@@ -192,29 +193,31 @@ def _compiled_evaluate(objective: Objective) -> Callable[..., Evaluated]:
 
 @lru_cache(maxsize=16)
 def _compiled_outputs(objective: Objective) -> Callable[..., jax.Array]:
-    def outputs(layers: Any, x: jax.Array, y: None, weight: jax.Array) -> jax.Array:
-        return backprop.forward(layers, x, objective.chain).z[-1].T
+    sizes = objective.placement.outputs.shape[:-1]
 
-    spec = objective.placement.spec("B/d O/g/s", objective.model.num_layers)
-    return jax.jit(objective.map(outputs, spec))
+    def outputs(network: Network, params: Any, x: Any, y: None, weight: jax.Array) -> jax.Array:
+        columns, _ = network.outputs(params, x)
+        return columns.T.reshape(-1, *sizes, columns.shape[0])
+
+    return jax.jit(objective.map(outputs, objective.placement.outputs.values.spec))
 
 
 def _classes(outputs: np.ndarray) -> np.ndarray:
-    if outputs.shape[1] == 1:
-        return (outputs[:, 0] > 0).astype(int)
-    return outputs.argmax(axis=1)
+    if outputs.shape[-1] == 1:
+        return (outputs[..., 0] > 0).astype(int)
+    return outputs.argmax(axis=-1)
 
 
 def _probabilities(outputs: np.ndarray) -> np.ndarray:
-    if outputs.shape[1] == 1:
+    if outputs.shape[-1] == 1:
         # The sigmoid is the softmax of (z, 0).
-        return _softmax(np.concatenate([outputs, np.zeros_like(outputs)], axis=1))[:, :1]
+        return _softmax(np.concatenate([outputs, np.zeros_like(outputs)], axis=-1))[..., :1]
     return _softmax(outputs)
 
 
 def _softmax(outputs: np.ndarray) -> np.ndarray:
-    exp = np.exp(outputs - outputs.max(axis=1, keepdims=True))
-    return exp / exp.sum(axis=1, keepdims=True)
+    exp = np.exp(outputs - outputs.max(axis=-1, keepdims=True))
+    return exp / exp.sum(axis=-1, keepdims=True)
 
 
 _KINDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {

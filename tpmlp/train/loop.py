@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tpmlp.checks import check_count
-from tpmlp.model import MLP, Params
+from tpmlp.kernels.network import param_dtype
+from tpmlp.models import Model
 from tpmlp.objective import make_objective
 from tpmlp.parameters import check_params
 from tpmlp.preflight import check_collectives_once
@@ -28,7 +30,7 @@ DEFAULT_NUM_RECORDS = 100
 
 
 def fit(
-    model: MLP,
+    model: Model,
     data: Any,
     *,
     loss: Any,
@@ -40,7 +42,7 @@ def fit(
     strategy: Strategy | None = None,
     regularizer: Any = None,
     validation: Any = None,
-    params: Params | None = None,
+    params: Any = None,
     callbacks: Sequence[Callback] = (),
     seed: int = 0,
     progress: bool = True,
@@ -98,7 +100,7 @@ def fit(
     placement, seed = objective.placement, _check_seed(seed)
     if params is not None:
         params = check_params(model, params, placement)
-    dtype = jnp.dtype(jnp.float32 if params is None else params[0][0].dtype)
+    dtype = jnp.dtype(jnp.float32 if params is None else param_dtype(params))
     read = partial(read_samples, placement=placement, loss=objective.loss, dtype=dtype)
     samples = read("data", data)
     plan = _make_plan(samples, steps=steps, epochs=epochs, batch_size=batch_size, seed=seed)
@@ -145,10 +147,10 @@ def _make_plan(
     return Plan(seed=seed, num_samples=num_samples, batch_size=size, num_steps=num_steps)
 
 
-def _largest_bytes(model: MLP, batch_size: int, dtype: jnp.dtype) -> int:
+def _largest_bytes(model: Model, batch_size: int, dtype: jnp.dtype) -> int:
     """Return a size that no array of a step exceeds, nor what a device holds of it."""
-    largest = max(batch_size * max(model.widths), *(o * i for o, i in model.layer_shapes))
-    return largest * dtype.itemsize
+    parameters = (prod(spec.shape) for spec in jax.tree.leaves(model.parameters))
+    return max(batch_size * model.largest_sample, *parameters) * dtype.itemsize
 
 
 def _record_interval(log_every: int | None, plan: Plan) -> int:

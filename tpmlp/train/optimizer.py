@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import jax
@@ -22,10 +21,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tpmlp.extras import require
 from tpmlp.kernels.blocks import Cut, blocks_of, parameter_cuts, run_blocks
-from tpmlp.model import MLP, Params, param_shardings
-from tpmlp.placement import Placement
+from tpmlp.models import Model
+from tpmlp.placement import ParameterSpec
 
 Tree = Any
+Params = Any
 State = Any
 
 
@@ -126,8 +126,8 @@ class ShardedOptimizer:
         masked: the optimiser.
     """
 
-    model: MLP
-    placement: Placement
+    model: Model
+    placement: Any
     masked: MaskedOptimizer
 
     @cached_property
@@ -140,7 +140,7 @@ class ShardedOptimizer:
             return NamedSharding(sharding.mesh, PartitionSpec(*(None,) * extra, *sharding.spec))
 
         state = jax.eval_shape(self.masked.init, self.masked.padded)
-        shardings = param_shardings(self.model, self.placement)
+        shardings = self.model.shardings(self.placement)
         return self.masked.map_like_params(beside, state, shardings, lambda _: everywhere)
 
     def init(self, params: Params) -> State:
@@ -159,7 +159,7 @@ class ShardedOptimizer:
         self, grads: Params, state: State, params: Params, value: jax.Array
     ) -> tuple[Params, State]:
         """Update one block after another, of one shape on every mesh (tpmlp.kernels.blocks)."""
-        placed = param_shardings(self.model, self.placement)
+        placed = self.model.shardings(self.placement)
         specs = jax.tree.map(lambda s: s.spec, (placed, self.state_shardings))
 
         def body(value: jax.Array, *trees: Any) -> Any:
@@ -205,17 +205,16 @@ def _uncut(leaf: Any) -> Cut:
     return Cut("-" * leaf.ndim, {})
 
 
-def param_shapes(
-    widths: tuple[int, ...], *, bias: bool, dtype: Any
-) -> tuple[tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct | None], ...]:
-    """Return the parameters of a chain of widths as ShapeDtypeStructs."""
-    return tuple(
-        (
-            jax.ShapeDtypeStruct((d_out, d_in), dtype),
-            jax.ShapeDtypeStruct((d_out,), dtype) if bias else None,
-        )
-        for d_in, d_out in pairwise(widths)
-    )
+def shape_trees(model: Model, num_blocks: int, dtype: Any) -> tuple[Tree, Tree]:
+    """Return the parameters as ShapeDtypeStructs, logical and padded."""
+
+    def logical(spec: ParameterSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(spec.shape, dtype)
+
+    def padded(spec: ParameterSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(spec.padded(num_blocks), dtype)
+
+    return jax.tree.map(logical, model.parameters), jax.tree.map(padded, model.parameters)
 
 
 def _takes_value(tx: Any) -> bool:
@@ -228,14 +227,3 @@ def _takes_value(tx: Any) -> bool:
 def default_optimizer() -> Any:
     """Return what fit uses when no optimiser is given: Adam, learning rate 1e-3."""
     return require("optax", extra="train", user="tpmlp.fit").adam(1e-3)
-
-
-def masked_optimizer(
-    tx: Any, *, widths: tuple[int, ...], padded_widths: tuple[int, ...], bias: bool, dtype: Any
-) -> MaskedOptimizer:
-    """Return an optimiser for the parameters of a chain of widths."""
-    return MaskedOptimizer(
-        tx,
-        param_shapes(padded_widths, bias=bias, dtype=dtype),
-        param_shapes(widths, bias=bias, dtype=dtype),
-    )

@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpmlp.extras import require
-from tpmlp.model import MLP
-from tpmlp.placement import Placement
-from tpmlp.train.optimizer import MaskedOptimizer, ShardedOptimizer, masked_optimizer
+from tpmlp.models import Model
+from tpmlp.train.optimizer import MaskedOptimizer, ShardedOptimizer, shape_trees
 
 # Widths up to this one are probed as they are. Larger ones are replaced by others above it, 16
 # apart and in the same order, so that a matrix that was tall stays tall.
@@ -52,9 +51,7 @@ KNOWN_IN = {
 }
 
 
-def make_optimizer(
-    optimizer: Any, *, model: MLP, placement: Placement, dtype: Any
-) -> ShardedOptimizer:
+def make_optimizer(optimizer: Any, *, model: Model, placement: Any, dtype: Any) -> ShardedOptimizer:
     """Return the optimiser for a model on a mesh, or refuse it.
 
     Args:
@@ -74,54 +71,72 @@ def make_optimizer(
             f"{type(optimizer).__name__}. Use for example optax.adam(1e-3), called; of "
             "optax.MultiSteps its gradient_transformation()."
         )
-    widths = (placement.widths, placement.padded_widths)
-    setting = _Setting(*widths, bias=model.bias, dtype=jnp.dtype(dtype))
+    setting = _Setting(*shape_trees(model, placement.num_blocks, jnp.dtype(dtype)))
     _check_arguments(optimizer, setting)
-    if placement.is_padded or placement.is_invariant:
+    if setting.is_padded or placement.is_invariant:
         with jax.default_device(placement.mesh.local_devices[0]), jax.enable_x64(True):
             if placement.is_invariant:
                 _check_elementwise(optimizer, setting)
             else:
-                _check_padding(optimizer, setting, placement)
+                _check_padding(optimizer, setting, model, placement)
     return ShardedOptimizer(model, placement, setting.optimizer(optimizer))
 
 
 @dataclass(frozen=True, slots=True)
 class _Setting:
-    """Widths of a chain of layers, logical and padded, and what its parameters are."""
+    """What the parameters are, as trees of ShapeDtypeStructs.
 
-    widths: tuple[int, ...]
-    padded_widths: tuple[int, ...]
-    bias: bool
-    dtype: Any
+    Attributes:
+        logical: without padding.
+        padded: as they are on the mesh.
+    """
+
+    logical: Any
+    padded: Any
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether any array is."""
+        return self.logical != self.padded
+
+    @property
+    def dtype(self) -> Any:
+        """The type of the parameters."""
+        return jax.tree.leaves(self.logical)[0].dtype
 
     def optimizer(self, tx: Any) -> MaskedOptimizer:
         """Return tx for these parameters."""
-        return masked_optimizer(
-            tx,
-            widths=self.widths,
-            padded_widths=self.padded_widths,
-            bias=self.bias,
-            dtype=self.dtype,
-        )
+        return MaskedOptimizer(tx, self.padded, self.logical)
 
     def plain(self) -> "_Setting":
         """Return the setting without padding."""
-        return _Setting(self.widths, self.widths, self.bias, self.dtype)
+        return _Setting(self.logical, self.logical)
 
     def even(self) -> "_Setting":
         """Return the setting with widths made even, and no padding."""
-        widths = tuple(width + width % 2 for width in self.widths)
-        return _Setting(widths, widths, self.bias, self.dtype)
+        even = jax.tree.map(lambda a: _shaped([n + n % 2 for n in a.shape], a.dtype), self.logical)
+        return _Setting(even, even)
 
     def small(self) -> "_Setting":
         """Return the setting with large widths made smaller, and the same padding."""
-        large = sorted({width for width in self.widths if width > LARGEST_EXACT_WIDTH})
+        sizes = {n for a in jax.tree.leaves(self.logical) for n in a.shape}
+        large = sorted(n for n in sizes if n > LARGEST_EXACT_WIDTH)
         smaller = {w: LARGEST_EXACT_WIDTH + WIDTH_STEP * i for i, w in enumerate(large, 1)}
-        widths = tuple(smaller.get(width, width) for width in self.widths)
-        padding = np.subtract(self.padded_widths, self.widths)
-        padded_widths = tuple(int(n) for n in np.add(widths, padding))
-        return _Setting(widths, padded_widths, self.bias, jnp.dtype("float64"))
+
+        def logical(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return _shaped([smaller.get(n, n) for n in a.shape], "float64")
+
+        def padded(a: jax.ShapeDtypeStruct, whole: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            pairs = zip(a.shape, whole.shape, strict=True)
+            return _shaped([smaller.get(n, n) + m - n for n, m in pairs], "float64")
+
+        return _Setting(
+            jax.tree.map(logical, self.logical), jax.tree.map(padded, self.logical, self.padded)
+        )
+
+
+def _shaped(shape: list[int], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(tuple(shape), dtype)
 
 
 def _check_arguments(tx: Any, setting: _Setting) -> None:
@@ -152,14 +167,16 @@ def _run_abstractly(tx: Any, setting: _Setting) -> None:
     jax.eval_shape(optimizer.update, params, state, params, value)
 
 
-def _check_padding(tx: Any, setting: _Setting, placement: Placement) -> None:
+def _check_padding(tx: Any, setting: _Setting, model: Model, placement: Any) -> None:
     if _is_reproduced(tx, setting):
         return
     names = culprits(tx, lambda member: _differs(member, setting))
     shape = dict(placement.mesh.shape)
+    blocks = placement.num_blocks
+    spec = next(p for p in jax.tree.leaves(model.parameters) if p.shape != p.padded(blocks))
     raise ValueError(
         "optimizer must not depend on the shapes of arrays where widths are padded: got "
-        f"{', '.join(names)}, widths={placement.widths} padded to {placement.padded_widths} on "
+        f"{', '.join(names)}, {spec.name} of shape {spec.shape} padded to {spec.padded(blocks)} on "
         f"the mesh {shape}. Use an elementwise optimizer such as optax.adam(1e-3), or widths that "
         f"{'data*' * placement.splits_data}x*y={placement.num_blocks} divides."
     )

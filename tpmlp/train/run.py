@@ -18,8 +18,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tpmlp.ahead import compile_lowered
 from tpmlp.batch import Batch
-from tpmlp.model import Params, param_shardings
+from tpmlp.kernels.network import param_dtype
 from tpmlp.objective import Evaluated, Objective
+from tpmlp.randomness import random_words
 from tpmlp.train import callbacks as hooks
 from tpmlp.train.batches import Plan, Samples, Step
 from tpmlp.train.inference import MAX_IN_FLIGHT, evaluate_samples, warm_up
@@ -27,7 +28,8 @@ from tpmlp.train.optimizer import ShardedOptimizer
 from tpmlp.train.progress import Progress
 
 Stopped = Literal["finished", "callback", "interrupted", "diverged"]
-Update = Callable[[Params, Any, Batch], tuple[Params, Any, Evaluated]]
+Params = Any
+Update = Callable[..., tuple[Params, Any, Evaluated]]
 
 # What a record says of its own batch.
 BATCH_NUMBERS = ("loss", "penalty", "accuracy")
@@ -71,7 +73,12 @@ def _all_finite(params: Params) -> bool:
 
 
 def compile_step(
-    objective: Objective, optimizer: ShardedOptimizer, params: Params, state: Any, batch: Batch
+    objective: Objective,
+    optimizer: ShardedOptimizer,
+    params: Params,
+    state: Any,
+    batch: Batch,
+    keys: tuple[jax.Array, ...] = (),
 ) -> Update:
     """Compile one training step for arrays like these; it consumes parameters and state.
 
@@ -82,17 +89,20 @@ def compile_step(
             not counted.
     """
 
-    def update(params: Params, state: Any, batch: Batch) -> tuple[Params, Any, Evaluated]:
-        value, grads = objective.value_and_grad(params, batch)
+    def update(
+        params: Params, state: Any, batch: Batch, *keys: jax.Array
+    ) -> tuple[Params, Any, Evaluated]:
+        words = random_words(keys[0]) if keys else None
+        value, grads = objective.value_and_grad(params, batch, words)
         total = value.loss + value.penalty
         return *optimizer.apply(grads, state, params, total), value
 
-    placed = param_shardings(objective.model, objective.placement)
+    placed = objective.model.shardings(objective.placement)
     everywhere = NamedSharding(objective.placement.mesh, PartitionSpec())
     shardings = (placed, optimizer.state_shardings, everywhere)
     jitted = jax.jit(update, donate_argnums=(0, 1), out_shardings=shardings)
-    rows, dtype = batch.weight.shape[0], params[0][0].dtype
-    return compile_lowered(jitted.lower(params, state, batch), objective, rows, dtype)
+    rows, dtype = batch.weight.shape[0], param_dtype(params)
+    return compile_lowered(jitted.lower(params, state, batch, *keys), objective, rows, dtype)
 
 
 class Run:
@@ -143,7 +153,9 @@ class Run:
 
     def _compile(self) -> None:
         batch = self.samples.take(next(self.plan.steps()).rows, self.plan.batch_size)
-        self.update = compile_step(self.objective, self.optimizer, self.params, self.state, batch)
+        self.update = compile_step(
+            self.objective, self.optimizer, self.params, self.state, batch, self._keys(1)
+        )
         if self.validation is not None:
             warm_up(self.objective, self.params, self.validation, self._validation_size)
 
@@ -167,10 +179,18 @@ class Run:
 
     def _advance(self, step: Step) -> None:
         batch = self.samples.take(step.rows, self.plan.batch_size)
-        self.params, self.state, value = self.update(self.params, self.state, batch)
+        self.params, self.state, value = self.update(
+            self.params, self.state, batch, *self._keys(step.number)
+        )
         self.begun.append((step, value))
         self.num_steps = step.number
         self.num_samples += len(step.rows)
+
+    def _keys(self, number: int) -> tuple[jax.Array, ...]:
+        """Return the key of a step, alone in a tuple, if the model drops at random."""
+        if not getattr(self.objective.model, "dropouts", ()):
+            return ()
+        return (jax.random.fold_in(jax.random.key(self.plan.seed), number),)
 
     def _wait(self, leave: int) -> Step | None:
         """Wait until at most `leave` steps are not done; return the first that is not finite."""

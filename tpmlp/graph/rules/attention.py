@@ -23,9 +23,13 @@ BASE = 10_000.0
 
 
 class Heads(NamedTuple):
-    """q, k and v of this device by heads, in the compute type: q is [K, G, d, B, T], G heads for
-    each of the K of k and v [K, d, B, T].
-    """  # fmt: skip
+    """This device's q, k and v by heads, in the compute type.
+
+    Attributes:
+        q: [K, G, d, B, T], G heads for each of the K of k and v.
+        k: [K, d, B, T].
+        v: [K, d, B, T].
+    """
 
     q: jax.Array
     k: jax.Array

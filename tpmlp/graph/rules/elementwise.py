@@ -104,24 +104,24 @@ def activity_l1_backward(
     node: Node, params: Params, read: Reader, residue: Any, g: jax.Array, given: Given
 ) -> Gradients:
     """Add the derivative of the objective's own term, coefficient * sign(h) for each sample."""
-    if given.scale is None:
+    if given.share is None:
         return Gradients((g,), {})
     weights = _column_weights(node, given)
     return Gradients((g + weights[None] * jnp.sign(read(0)).astype(g.dtype),), {})
 
 
 def activity_value(node: Node, h: jax.Array, given: Given) -> jax.Array:
-    """Return what the vertex adds to the objective, the same on all devices."""
-    sums = einsum("F/s/g B/d -> B/d +s+g", jnp.abs(h), **node.axes)
-    local = einsum("B/d -> +d+s+g", sums * _column_weights(node, given), **node.axes)
-    return all_reduce("+d+s+g -> ", local, **node.axes)
+    """Return what the vertex adds to the objective for this device's samples, "+d"."""
+    sizes = jnp.abs(h) * _column_weights(node, given)[None]
+    local = einsum("F/s/g B/d -> +d+s+g", sizes, **node.axes)
+    return all_reduce("+d+s+g -> +d", local, **node.axes)
 
 
 def _column_weights(node: Node, given: Given) -> jax.Array:
     """Return what each column, a sample or one of its tokens, counts."""
-    assert given.scale is not None
+    assert given.share is not None
     positions = node.shape.positions
-    return jnp.repeat(given.scale * (node.kind.coefficient / positions), positions)
+    return jnp.repeat(given.share * (node.kind.coefficient / positions), positions)
 
 
 def _mask(node: Node, like: jax.Array, given: Given) -> jax.Array:

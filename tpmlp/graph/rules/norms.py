@@ -124,6 +124,6 @@ def _real(node: Node, z: jax.Array) -> jax.Array:
     return jnp.where((rows < node.width)[:, None], z, -jnp.inf)
 
 
-RMS_NORM = Rule(rms_norm, rms_norm_backward, reads=(0,), rebuild=rms_norm_again)
-LAYER_NORM = Rule(layer_norm, layer_norm_backward, reads=(0,), rebuild=layer_norm_again)
-SOFTMAX = Rule(softmax, softmax_backward, reads=(0,), rebuild=softmax_again)
+RMS_NORM = Rule(rms_norm, rms_norm_backward, (0,), rms_norm_again, residue="B/d")
+LAYER_NORM = Rule(layer_norm, layer_norm_backward, (0,), layer_norm_again, residue="K B/d")
+SOFTMAX = Rule(softmax, softmax_backward, (0,), softmax_again, residue="K B/d")

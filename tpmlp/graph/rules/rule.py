@@ -28,14 +28,14 @@ class Given(NamedTuple):
         sizes: devices on each mesh axis.
         words: two words of random bits, from the key; None where nothing is dropped.
         first_sample: number of this device's first sample in the whole batch.
-        scale: what each sample counts in the objective, "B/d"; None in a pass without one.
+        share: what each sample counts in the objective, "B/d"; None where no vertex adds to it.
     """
 
     run: Execution
     sizes: dict[str, int]
     words: jax.Array | None
     first_sample: Any
-    scale: jax.Array | None
+    share: jax.Array | None
 
 
 class Gradients(NamedTuple):
@@ -66,12 +66,14 @@ class Rule(NamedTuple):
         reads: which inputs `backward` reads; None is all.
         rebuild: (node, params, inputs, residue, given) -> r again, without a collective; None
             where r is kept instead.
+        residue: the residue's layout, None where there is none.
     """
 
     forward: Callable[..., tuple[jax.Array, Any]]
     backward: Callable[..., Gradients]
     reads: tuple[int, ...] | None = ()
     rebuild: Callable[..., jax.Array] | None = None
+    residue: str | None = None
 
 
 def clear(array: jax.Array, node: Node) -> jax.Array:
