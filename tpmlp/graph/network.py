@@ -20,12 +20,13 @@ class GraphNetwork(NamedTuple):
     Attributes:
         placement: where its arrays are.
         words: two words of random bits, for dropout; None drops nothing.
-        first_sample: which of this device's samples is the first of a pass.
+        part: which of this device's samples is the first of a pass, and how many it has in all;
+            None where a pass takes all of them.
     """
 
     placement: GraphPlacement
     words: jax.Array | None = None
-    first_sample: Any = 0
+    part: tuple[Any, int] | None = None
 
     @property
     def head(self) -> Head:
@@ -94,9 +95,9 @@ class GraphNetwork(NamedTuple):
             for owner, arrays in params.items()
         }
 
-    def at(self, first_sample: Any) -> "GraphNetwork":
-        """Return the network for a part of the batch that begins with that sample of a device."""
-        return self._replace(first_sample=first_sample)
+    def at(self, first_sample: Any, num_samples: int) -> "GraphNetwork":
+        """Return the network for the part of a device's samples that begins with that one."""
+        return self._replace(part=(first_sample, num_samples))
 
     def dropping(self, words: jax.Array) -> "GraphNetwork":
         """Return the network while training: what is dropped is a function of these bits."""
@@ -113,6 +114,5 @@ class GraphNetwork(NamedTuple):
 
     def _number_of_first(self, inputs: dict[str, jax.Array]) -> Any:
         """Return the number of the first sample of a pass in the whole batch."""
-        num_parts = self.placement.strategy.microbatches
-        num_samples = next(iter(inputs.values())).shape[0] * num_parts
-        return block_index("B/d", d="data") * num_samples + self.first_sample
+        first, num_samples = self.part or (0, next(iter(inputs.values())).shape[0])
+        return block_index("B/d", d="data") * num_samples + first

@@ -100,7 +100,7 @@ class Chain(NamedTuple):
             for (W, b), axes in zip(layers, placement.axes, strict=True)
         )
 
-    def at(self, first_sample: Any) -> "Chain":
+    def at(self, first_sample: Any, num_samples: int) -> "Chain":
         """Return the chain: all samples are alike to it."""
         return self
 

@@ -84,8 +84,8 @@ class Network(Protocol):
         """Return gradients of no samples, not reduced unless data splits the parameters."""
         ...
 
-    def at(self, first_sample: Any) -> "Network":
-        """Return the network for a part of the batch that begins with that sample of a device."""
+    def at(self, first_sample: Any, num_samples: int) -> "Network":
+        """Return the network for the part of a device's samples that begins with that one."""
         ...
 
     def dropping(self, words: jax.Array) -> "Network":

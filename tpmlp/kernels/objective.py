@@ -163,11 +163,13 @@ def sum_parts(
     num_parts, splits = placement.strategy.microbatches, placement.splits_data
     if num_parts == 1:
         return one_pass(samples, network, True)
-    num_samples = jax.tree.leaves(samples.x)[0].shape[0] // num_parts
+    num_samples = jax.tree.leaves(samples.x)[0].shape[0]
+    per_part = num_samples // num_parts
 
     def add(carry: Any, numbered: Any) -> tuple[Any, None]:
         number, part = numbered
-        return added(carry, one_pass(part, network.at(number * num_samples), splits)), None
+        of_part = network.at(number * per_part, num_samples)
+        return added(carry, one_pass(part, of_part, splits)), None
 
     parts = jax.tree.map(lambda a: a.reshape(num_parts, -1, *a.shape[1:]), samples)
     numbers = jnp.arange(num_parts, dtype=jnp.int32)
