@@ -43,6 +43,7 @@ STRATEGIES = (
 )
 FIELDS = "tests/test_strategy_fields.py"
 INVARIANT = "tests/test_invariant.py::test_a_whole_training_run_has_the_same_bits_on_every_mesh"
+SMALL = "tests/test_invariant.py::test_a_batch_of_a_few_samples_has_the_same_bits_on_every_mesh"
 RING = "tests/kernels/test_dense.py::test_float64_tensor_equals_numpy[ring-1x3x1"
 # The rows of tests.strategies.FLOAT64_ROWS that the mutants name.
 SPLIT = "8x1x1-column-gathered-none-split-3-float64-None-None"
@@ -275,6 +276,12 @@ MUTANTS = {
         "return einsum(signature, a, b, dtype=dtype, product=product, **axes)",
         "return einsum(signature, a, b, dtype=dtype, **axes)",
         f"{INVARIANT}[float32-1x2x4]",
+    ),
+    "a product of one term joined to the sum of two": Mutant(
+        "kernels/as_written.py",
+        '"copy",',
+        '"copy", "dot_general",',
+        f"{SMALL}[8x1x1]",
     ),
     "updates of whatever a device holds": Mutant(
         "train/optimizer.py",

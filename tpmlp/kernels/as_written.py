@@ -1,10 +1,10 @@
 """Arithmetic as it is written: a function whose operations no compiler pass may join or rewrite.
 
 XLA simplifies what it sees: a / b / c becomes a / (b c), a division by a number a product with its
-inverse; and LLVM makes one operation with one rounding of a product and a sum. Each is as good as
-the other but rounds otherwise, and which rules apply depends on the program around. So the bits of
-each result here are taken through an exclusive or with a 0 that is known only when the program
-runs, and no rule sees more than one operation.
+inverse; and LLVM makes one operation with one rounding of a product and a sum, a dot of one term
+among the products. Each is as good as the other but rounds otherwise, and which rules apply depends
+on the program around. So the bits of each result here are taken through an exclusive or with a 0
+that is known only when the program runs, and no rule sees more than one operation.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,6 @@ _MOVES = frozenset(
     {
         "concatenate",
         "copy",
-        "dot_general",
         "dynamic_slice",
         "reshape",
         "select_n",
