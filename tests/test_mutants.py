@@ -253,9 +253,9 @@ MUTANTS = {
         f"{PRODUCT}[ring, recompute-hessian]",
     ),
     "R's Hessian forgotten": Mutant(
-        "inspection/curvature.py",
-        "    if objective.regularizer is None:\n        return product\n",
-        "    if objective.regularizer is not objective:\n        return product\n",
+        "kernels/curvature.py",
+        "if penalty is None:",
+        "if penalty is not chain:",
         f"{PRODUCT}[ring, gathered, split-gauss_newton]",
     ),
     "the loss's Hessian without the weights of samples": Mutant(

@@ -81,16 +81,17 @@ class Objective:
     def gradients(self, *blocks: Any) -> tuple[kernel.Value, Any]:
         """Return scalars and gradients from one device's blocks, in microbatches."""
         if self.placement.strategy.microbatches > 1:
-            return kernel.accumulate(*blocks, **self._kernel_arguments)
+            return kernel.accumulate(*blocks, **self.kernel_arguments)
         result = self.run(*blocks)
         return result.value, result.grads
 
     def run(self, *blocks: Any) -> kernel.Pass:
         """Run the kernel on one device's blocks, the whole batch at once."""
-        return kernel.value_and_grad(*blocks, **self._kernel_arguments)
+        return kernel.value_and_grad(*blocks, **self.kernel_arguments)
 
     @property
-    def _kernel_arguments(self) -> dict[str, Any]:
+    def kernel_arguments(self) -> dict[str, Any]:
+        """Keywords of the kernel's functions."""
         penalty = self.regularizer if isinstance(self.regularizer, ElementwisePenalty) else None
         return {"chain": self.chain, "loss": self.loss, "penalty": penalty}
 

@@ -160,11 +160,11 @@ def _hessian_product(objective: Objective, params: Params, v: Params, batch: Bat
 
 def _gauss_newton_product(objective: Objective, params: Params, v: Params, batch: Batch) -> Params:
     def body(*blocks: Any) -> Params:
-        return gauss_newton_product(*blocks, chain=objective.chain, loss=objective.loss)
+        return gauss_newton_product(*blocks, **objective.kernel_arguments)
 
     run = objective.map(body, objective.param_specs, more_specs=(objective.param_specs,))
     product = run(params, batch, v)
-    if objective.regularizer is None:
+    if not isinstance(objective.regularizer, UserPenalty):
         return product
     _, of_penalty = jax.jvp(jax.grad(objective.penalty), (params,), (v,))
     return jax.tree.map(jnp.add, product, of_penalty)
