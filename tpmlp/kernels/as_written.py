@@ -69,7 +69,7 @@ def _run(
         else:
             results = _operation(eqn, operands)
             if eqn.primitive.name not in _MOVES:
-                results = [_kept(result, zero) for result in results]
+                results = [sealed(result, zero) for result in results]
         values.update(zip(eqn.outvars, results, strict=True))
     return list(map(read, jaxpr.outvars))
 
@@ -87,8 +87,18 @@ def _operation(eqn: JaxprEqn, operands: list[Any]) -> list[Any]:
     return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*values.values())
 
 
-def _kept(result: jax.Array, zero: jax.Array) -> jax.Array:
-    return xla.hidden(result, zero) if _is_float(result) else result
+def sealed(result: jax.Array, zero: jax.Array) -> jax.Array:
+    """Hide floats; not those of constants alone, which differ over fewer mesh axes than the zero.
+
+    Their bits are the same in every program, and as JAX traced the function they must not differ.
+    """
+    computed = differs_over(jax.typeof(zero)) <= differs_over(jax.typeof(result))
+    return xla.hidden(result, zero) if _is_float(result) and computed else result
+
+
+def differs_over(type_: Any) -> frozenset[str]:
+    """Return the mesh axes that an array of a type differs over; none outside a shard_map."""
+    return type_.manual_axis_type.varying if type_.manual_axis_type else frozenset()
 
 
 def _is_float(array: Any) -> bool:
