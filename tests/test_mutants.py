@@ -283,6 +283,12 @@ MUTANTS = {
         '"copy", "dot_general",',
         f"{SMALL}[8x1x1]",
     ),
+    "a loop over one block that is taken apart": Mutant(
+        "kernels/blocks.py",
+        "if num_blocks == 1:",
+        "if num_blocks == 0:",
+        f"{PER_EXAMPLE}::test_gradients_of_samples_have_the_same_bits_on_every_mesh[8x1x1]",
+    ),
     "updates of whatever a device holds": Mutant(
         "train/optimizer.py",
         "update = self._update_in_blocks if self.placement.is_invariant else self.masked.update",

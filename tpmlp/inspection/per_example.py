@@ -12,16 +12,19 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from tpmlp.batch import Batch, place_batch
 from tpmlp.checks import check_positive
 from tpmlp.kernels import per_example as kernel
+from tpmlp.kernels.as_written import as_written
 from tpmlp.model import MLP, Params
 from tpmlp.objective import Objective, make_objective
 from tpmlp.parameters import check_params
 from tpmlp.strategy import Strategy
+from tpmlp.xla import unknown_zero
 
 
 class ClippedSum(NamedTuple):
@@ -269,10 +272,14 @@ def _noise_scale(objective: Objective) -> Callable[[Params, Batch], NoiseScale]:
     specs = kernel.Moments._make([PartitionSpec()] * 3)
     moments = objective.map(body, specs)
 
-    def estimate(params: Params, batch: Batch) -> NoiseScale:
-        B, m, q = moments(params, batch)
+    def estimated(B: jax.Array, squares: jax.Array, norm_of_sum: jax.Array) -> NoiseScale:
+        m, q = squares / B, jnp.square(norm_of_sum / B)
         covariance_trace = (m - q) * B / (B - 1)
         squared_norm = (B * q - m) / (B - 1)
         return NoiseScale(covariance_trace / squared_norm, covariance_trace, squared_norm)
+
+    def estimate(params: Params, batch: Batch) -> NoiseScale:
+        found = moments(params, batch)
+        return as_written(estimated, unknown_zero(found.num_samples))(*found)
 
     return jax.jit(estimate)
