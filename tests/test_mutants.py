@@ -89,8 +89,8 @@ MUTANTS = {
     ),
     "a stale sigma'": Mutant(
         "kernels/backprop.py",
-        "return dh * chain.activation.sigma_prime(z)",
-        "return dh * chain.activation.sigma_prime(activate(chain.activation, z))",
+        "return chain.activation.sigma_prime(z)",
+        "return chain.activation.sigma_prime(activate(chain.activation, z))",
         f"{RECURSION}[1x1x1-column-g_1]",
     ),
     "padded columns leaking": Mutant(

@@ -11,8 +11,6 @@ from jax.sharding import Mesh, PartitionSpec
 
 from tpmlp.batch import Batch, place_batch
 from tpmlp.inspection.depth import Block, DepthSummary, plot_depth, summarize_depth
-from tpmlp.kernels import backprop
-from tpmlp.kernels.execution import execution
 from tpmlp.model import MLP, Params
 from tpmlp.objective import Objective, make_objective
 from tpmlp.parameters import check_params
@@ -139,7 +137,10 @@ def trace(
 ) -> Trace:
     """Run one forward and backward pass and return what every layer held.
 
-    The program is the training step's own, with more outputs; microbatches run as one.
+    The program is the training step's own, with more outputs; microbatches run as one. Each array
+    is the one that the step went on with: h_l and z_l the forward pass's, sigma'(z_l) the factor of
+    g_l. What the backward pass computes once more is not shown: h_l where keep is not "gathered",
+    z_l of the layers that keep="recompute" leaves out. A fault there is one of dW_l or sigma'(z_l).
 
     Args:
         model: the MLP.
@@ -187,16 +188,12 @@ def trace(
 
 @lru_cache(maxsize=16)
 def _traced(objective: Objective) -> Any:
-    chain = objective.chain
-
     def body(layers: Any, x: jax.Array, y: Any, weight: jax.Array) -> _Rows:
         result = objective.run(layers, x, y, weight)
-        run = execution(chain.placement, layers[0][0].dtype)
-        hidden = list(enumerate(result.z[:-1], 1))
         return _Rows(
-            h=[backprop.layer_input(z, l + 1, run, chain).T for l, z in hidden],
+            h=[h.T for h in result.h[1:]],
             z=[z.T for z in result.z],
-            sigma_prime=[backprop.sigma_prime(z.astype(run.total), l, chain).T for l, z in hidden],
+            sigma_prime=[slope.T for slope in result.sigma_prime],
             g=[g.T for g in result.g],
             grads=result.grads,
             loss=result.value.loss,
