@@ -5,7 +5,9 @@ A failure of a tensor means that the trace shows something the step did not comp
 
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -58,11 +60,43 @@ def test_padding_is_exactly_zero(mesh):
         assert not np.asarray(run.h[l])[:, WIDTHS[l - 1] :].any()
 
 
-@pytest.mark.parametrize(("name", "l"), [("w", 1), ("h", 0), ("z", 4), ("sigma_prime", 3)])
-def test_an_array_that_is_not_there_is_refused_by_name(name, l):
+@pytest.mark.parametrize(
+    ("name", "l", "said"),
+    [
+        ("h", 0, "l must be in 1 .. 3: got name='h', l=0. Layers count from 1"),
+        ("z", 4, "l must be in 1 .. 3: got name='z', l=4"),
+        ("g", -1, "l must be in 1 .. 3: got name='g', l=-1"),
+        ("sigma_prime", 3, "l must be in 1 .. 2: got .* of hidden layers alone"),
+    ],
+)
+def test_a_layer_that_is_not_there_is_refused_by_name(name, l, said):
     run = traced(tpmlp.make_mesh(x=2))
-    with pytest.raises(ValueError, match=f"name={name!r}, l={l}"):
-        run.logical(name, l)
+    for read in (run.logical, lambda name, l: getattr(run, name)[l]):
+        with pytest.raises(ValueError, match=said):
+            read(name, l)
+    assert l not in getattr(run, name)
+    assert getattr(run, name).get(l) is None
+
+
+def test_a_name_that_is_not_there_is_refused():
+    name: Any = "w"
+    with pytest.raises(ValueError, match=r"name must be one of \('h', .*: got name='w', l=1\."):
+        traced(tpmlp.make_mesh(x=2)).logical(name, 1)
+
+
+def test_sigma_prime_of_a_model_of_one_layer_is_refused():
+    mesh, model = tpmlp.make_mesh(x=2), tpmlp.MLP((3, 2))
+    params = tpmlp.from_numpy(model, [(np.ones((2, 3)), np.ones(2))], mesh)
+    run = tpmlp.trace(model, params, np.ones((4, 3)), loss="output", mesh=mesh)
+    with pytest.raises(ValueError, match="of a hidden layer, of which the model has none: got"):
+        run.sigma_prime[1]
+
+
+def test_the_arrays_of_a_trace_are_a_pytree():
+    z = traced(tpmlp.make_mesh(x=2)).z
+    on_host = jax.device_get(z)
+    assert (type(on_host), on_host.name, list(on_host)) == (type(z), "z", [1, 2, 3])
+    np.testing.assert_array_equal(on_host[2], z[2])
 
 
 @pytest.mark.parametrize("sizes", [(1, 5, 1), (2, 2, 2), (1, 1, 1)], ids=name_of)

@@ -1,9 +1,9 @@
 """Trace: every layer's arrays of one forward and backward pass, still split over the devices."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -17,6 +17,37 @@ from tpmlp.parameters import check_params
 from tpmlp.strategy import Strategy
 
 Name = Literal["h", "z", "sigma_prime", "g"]
+NAMES: tuple[Name, ...] = get_args(Name)
+
+
+@jax.tree_util.register_pytree_node_class
+class ByLayer(dict[int, jax.Array]):
+    """The arrays of one name by layer, 1-based; one that is not there is refused by name.
+
+    Attributes:
+        name: what the arrays are.
+    """
+
+    def __init__(self, name: Name, arrays: Iterable[jax.Array]) -> None:
+        super().__init__(enumerate(arrays, 1))
+        self.name: Name = name
+
+    def __missing__(self, l: object) -> jax.Array:
+        there = f"in 1 .. {len(self)}" if self else "of a hidden layer, of which the model has none"
+        meant = "sigma'(z_l) is of hidden layers alone; " if self.name == "sigma_prime" else ""
+        raise ValueError(
+            f"l must be {there}: got name={self.name!r}, l={l!r}. Layers count from 1: {meant}h[1] "
+            "is x, the last z the outputs."
+        )
+
+    def tree_flatten(self) -> tuple[tuple[jax.Array, ...], Name]:
+        """Return the arrays, first layer first, and the name."""
+        return tuple(self.values()), self.name
+
+    @classmethod
+    def tree_unflatten(cls, name: Name, arrays: Iterable[jax.Array]) -> "ByLayer":
+        """Return what `tree_flatten` took apart."""
+        return cls(name, arrays)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -37,10 +68,10 @@ class Trace:
         num_samples: logical number of samples.
     """
 
-    h: Mapping[int, jax.Array]
-    z: Mapping[int, jax.Array]
-    sigma_prime: Mapping[int, jax.Array]
-    g: Mapping[int, jax.Array]
+    h: ByLayer
+    z: ByLayer
+    sigma_prime: ByLayer
+    g: ByLayer
     grads: Params
     loss: jax.Array
     widths: tuple[int, ...]
@@ -97,14 +128,14 @@ class Trace:
         Raises:
             ValueError: no such array.
         """
-        arrays = getattr(self, name, None) if name in ("h", "z", "sigma_prime", "g") else None
-        if arrays is None or l not in arrays:
+        if name not in NAMES:
             raise ValueError(
-                f"name and l must be one of h, z, g with 1 .. {len(self.z)} or sigma_prime with "
-                f"1 .. {len(self.sigma_prime)}: got name={name!r}, l={l!r}."
+                f"name must be one of {NAMES}: got name={name!r}, l={l!r}. Gradients by the "
+                "parameters are in trace.grads."
             )
+        array: jax.Array = getattr(self, name)[l]
         width = self.widths[l - 1 if name == "h" else l]
-        return np.asarray(arrays[l])[: self.num_samples, :width]
+        return np.asarray(array)[: self.num_samples, :width]
 
     def _blocks(self, name: Name) -> list[Block]:
         widths = self.widths[:-1] if name == "h" else self.widths[1:]
@@ -175,10 +206,10 @@ def trace(
     batch = place_batch(objective.placement, objective.loss, Batch(x, y, weight))
     rows = _traced(objective)(params, batch)
     return Trace(
-        h=dict(enumerate([batch.x, *rows.h], 1)),
-        z=dict(enumerate(rows.z, 1)),
-        sigma_prime=dict(enumerate(rows.sigma_prime, 1)),
-        g=dict(enumerate(rows.g, 1)),
+        h=ByLayer("h", [batch.x, *rows.h]),
+        z=ByLayer("z", rows.z),
+        sigma_prime=ByLayer("sigma_prime", rows.sigma_prime),
+        g=ByLayer("g", rows.g),
         grads=rows.grads,
         loss=rows.loss,
         widths=model.widths,
