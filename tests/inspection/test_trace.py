@@ -130,10 +130,37 @@ def test_a_summary_counts_dead_and_saturated_units_but_no_padding(sizes):
     assert (last.dead_units, last.saturated, last.g_ratio) == (None, None, None)
 
 
+def saturation(activation: Any, biases: list[float]) -> list[float | None]:
+    """Return what a summary says of layers that all samples leave at z_l = b_l."""
+    mesh, widths = mesh_of((1, 3, 1)), (3, *(4 for _ in biases), 2)
+    model = tpmlp.MLP(widths, activation=activation)
+    b = [np.full(4, z) for z in biases] + [np.zeros(2)]
+    layers = [(np.zeros((len(b_l), i)), b_l) for i, b_l in zip(widths, b, strict=False)]
+    params = tpmlp.from_numpy(model, layers, mesh)
+    run = tpmlp.trace(model, params, np.ones((2, 3)), loss="output", mesh=mesh)
+    return [layer.saturated for layer in run.summary().layers]
+
+
+@pytest.mark.parametrize(
+    ("activation", "biases", "shares"),
+    [
+        # sigmoid'(6) is 0.00247, 0.0099 of the largest; sigmoid'(5.9) is 0.0109 of it.
+        ("sigmoid", [20.0, 6.0, 5.9], [1, 1, 0]),
+        ("relu", [-1.0, 1.0], [1, 0]),
+        ("identity", [0.0], [0]),
+        ((jnp.tanh, lambda z: 1 - jnp.tanh(z) ** 2), [20.0, 0.0], [1, 0]),
+        ((jnp.zeros_like, jnp.zeros_like), [1.0], [1]),
+    ],
+    ids=["sigmoid", "relu", "identity", "a user's", "a user's that is flat"],
+)
+def test_a_layer_that_is_saturated_throughout_says_so(activation, biases, shares):
+    assert saturation(activation, biases) == [*shares, None]
+
+
 def test_norms_of_gradients_that_vanish_are_not_lost():
     tiny = np.full((2, 4), 1e-30, np.float32)
     blocks = [Block(jnp.asarray(tiny), 2, 4)]
-    (row,) = summarize_depth(blocks, blocks, [], blocks, [tiny]).layers
+    (row,) = summarize_depth(blocks, blocks, [], blocks, [tiny], None).layers
     assert row.g_norm == pytest.approx(np.sqrt(8) * 1e-30, rel=1e-6)
 
 
@@ -151,8 +178,8 @@ def test_shares_of_sizes_are_those_of_the_logical_entries():
 def test_looking_at_a_trace_gathers_no_array():
     run = traced(mesh_of((2, 2, 2)))
     block = Block(run.z[2], run.num_samples, WIDTHS[2])
-    for function in (_norm, _slopes):
-        audit = tpmlp.audit(function.lower(*block).compile())
+    for lowered in (_norm.lower(*block), _slopes.lower(*block, 0.25)):
+        audit = tpmlp.audit(lowered.compile())
         assert audit.collectives
         assert {row.kind for row in audit.collectives} == {"all_reduce"}
         assert max(row.payload_bytes for row in audit.collectives) <= 8 * WIDTHS[2]

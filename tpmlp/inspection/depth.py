@@ -17,7 +17,7 @@ import numpy as np
 from tpmlp.extras import require
 from tpmlp.table import text_table
 
-# A slope below this share of the layer's largest passes almost nothing back.
+# A slope of this share of the activation's largest, or less, passes almost nothing back.
 SATURATED = 0.01
 
 # A picture reaches two powers of ten below the layer with the smallest entries, but no more than
@@ -39,7 +39,8 @@ class LayerStatistics:
             vanish; far above: they explode.
         dead_units: units whose sigma'(z_l) is 0 for every sample, which learn nothing from this
             batch; None in the last layer, which has no sigma.
-        saturated: the share of entries with |sigma'(z_l)| below SATURATED of the layer's largest.
+        saturated: the share of entries with |sigma'(z_l)| at most SATURATED of the largest that
+            sigma' has anywhere (of an activation of yours: in any layer); None in the last layer.
         num_units: d_l.
     """
 
@@ -86,7 +87,12 @@ class Block(NamedTuple):
 
 
 def summarize_depth(
-    h: Sequence[Block], z: Sequence[Block], slope: Sequence[Block], g: Sequence[Block], dW: Any
+    h: Sequence[Block],
+    z: Sequence[Block],
+    slope: Sequence[Block],
+    g: Sequence[Block],
+    dW: Any,
+    largest_slope: float | None,
 ) -> DepthSummary:
     """Return the statistics of a trace.
 
@@ -96,12 +102,15 @@ def summarize_depth(
         slope: sigma'(z_1) .. sigma'(z_L).
         g: g_1 .. g_{L+1}.
         dW: dW_1 .. dW_{L+1}, whose padding is 0.
+        largest_slope: of the activation; None for the largest that is in `slope`.
     """
+    if largest_slope is None:
+        largest_slope = max((float(_largest(*block)) for block in slope), default=0.0)
     norms = {
         name: [_norm(*block) for block in blocks] for name, blocks in [("h", h), ("z", z), ("g", g)]
     }
-    found = jax.device_get((norms, [jnp.linalg.norm(w) for w in dW], [_slopes(*s) for s in slope]))
-    norms, dW_norms, slopes = found
+    slopes = [_slopes(*block, largest_slope) for block in slope]
+    norms, dW_norms, slopes = jax.device_get((norms, [jnp.linalg.norm(w) for w in dW], slopes))
     g_norms = [float(norm) for norm in norms["g"]]
     return DepthSummary(
         layers=tuple(
@@ -174,12 +183,14 @@ def _norm(array: jax.Array, num_samples: int, width: int) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _slopes(array: jax.Array, num_samples: int, width: int) -> tuple[jax.Array, jax.Array]:
+def _slopes(
+    array: jax.Array, num_samples: int, width: int, largest: float
+) -> tuple[jax.Array, jax.Array]:
     """Return how many units are dead, and the share of entries that are saturated."""
     a = jnp.abs(_unpadded(array, num_samples, width, 0))
     padding = array.shape[1] - width
     dead = jnp.sum(jnp.max(a, axis=0) == 0) - padding
-    small = _unpadded(a < SATURATED * jnp.max(a), num_samples, width, False)
+    small = _unpadded(a <= SATURATED * largest, num_samples, width, False)
     return dead, jnp.sum(small, dtype=jnp.int32) / (num_samples * width)
 
 

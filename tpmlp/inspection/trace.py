@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from tpmlp.activations import Activation
 from tpmlp.batch import Batch, place_batch
 from tpmlp.inspection.depth import Block, DepthSummary, plot_depth, summarize_depth
 from tpmlp.model import MLP, Params
@@ -64,6 +65,7 @@ class Trace:
         g: derivative of the data loss by z_l, [B, d_l], l = 1 .. L+1.
         grads: ((dW_1, db_1), ...), R included where it is elementwise.
         loss: the data loss, a scalar.
+        activation: sigma and sigma'.
         widths: logical widths.
         num_samples: logical number of samples.
     """
@@ -74,6 +76,7 @@ class Trace:
     g: ByLayer
     grads: Params
     loss: jax.Array
+    activation: Activation
     widths: tuple[int, ...]
     num_samples: int
 
@@ -102,6 +105,7 @@ class Trace:
             self._blocks("sigma_prime"),
             self._blocks("g"),
             [dW for dW, _ in self.grads],
+            self.activation.largest_slope,
         )
 
     def plot(self) -> Any:
@@ -212,6 +216,7 @@ def trace(
         g=ByLayer("g", rows.g),
         grads=rows.grads,
         loss=rows.loss,
+        activation=objective.chain.activation,
         widths=model.widths,
         num_samples=np.shape(x)[0],
     )
