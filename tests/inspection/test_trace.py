@@ -191,3 +191,15 @@ def test_a_picture_has_a_panel_a_quantity_and_a_column_a_layer():
     assert len(panels) == 3
     meshes = [panel.collections[0].get_array() for panel in panels]
     assert [mesh.shape[1] for mesh in meshes] == [3, 3, 2]
+
+
+def test_the_lowest_tick_of_a_picture_says_that_its_row_has_all_that_is_smaller():
+    run = traced(mesh_of((1, 5, 1)))
+    edges, _ = size_shares([Block(run.z[l], run.num_samples, WIDTHS[l]) for l in (1, 2, 3)])
+    axis = run.plot().axes[0].yaxis
+    ticks, labels = axis.get_ticklocs(), [label.get_text() for label in axis.get_ticklabels()]
+    lowest = int(np.argmin(ticks))
+    assert edges[0] < ticks[lowest] < edges[1]
+    assert labels[lowest] == f"$\\leq {edges[1]:g}$"
+    others = [float(text.strip("$")) for i, text in enumerate(labels) if i != lowest]
+    assert others == [tick for i, tick in enumerate(ticks) if i != lowest]

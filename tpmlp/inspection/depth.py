@@ -23,6 +23,7 @@ SATURATED = 0.01
 # A picture reaches two powers of ten below the layer with the smallest entries, but no more than
 # float32 does; bins are a quarter of one.
 DECADES_BELOW, MOST_DECADES, BINS_PER_DECADE = 2, 40, 4
+MOST_TICKS = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +135,7 @@ def plot_depth(quantities: dict[str, Sequence[Block]]) -> Any:
     """Return a matplotlib Figure: for each quantity, how large its entries are in each layer.
 
     A column is one layer, a row one size, the colour the share of the layer's entries that are
-    that large. The lowest row has everything smaller, zeros included.
+    that large. The lowest row has everything smaller, zeros included, and its tick says so.
 
     Args:
         quantities: what to draw, by label; the blocks of layer 1, 2, ...
@@ -150,10 +151,25 @@ def plot_depth(quantities: dict[str, Sequence[Block]]) -> Any:
         drawn = panel.pcolormesh(layers, edges, shares.T, vmin=0, cmap="magma")
         figure.colorbar(drawn, ax=panel, label="share of entries")
         panel.set_ylabel(f"$\\log_{{10}}$ |{label}|")
+        panel.set_yticks(*_size_ticks(edges))
     panels[-1].set_xlabel("layer $l$")
     panels[-1].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     panels[0].set_title("How large entries are, over depth")
     return figure
+
+
+def _size_ticks(edges: np.ndarray) -> tuple[list[float], list[str]]:
+    r"""Return ticks at whole powers of ten, few, and one in the lowest row: its upper edge or less.
+
+    Examples:
+        >>> _size_ticks(np.linspace(-3, 0, 13))
+        ([-2.875, 0.0, -1.0, -2.0], ['$\\leq -2.75$', '$0$', '$-1$', '$-2$'])
+    """
+    bottom, top = edges[0], edges[-1]
+    step = math.ceil((top - bottom) / MOST_TICKS)
+    powers = [float(power) for power in np.arange(top, bottom + step / 2, -step)]
+    labels = [f"$\\leq {edges[1]:g}$", *(f"${power:g}$" for power in powers)]
+    return [float(edges[:2].mean()), *powers], labels
 
 
 def size_shares(blocks: Sequence[Block]) -> tuple[np.ndarray, np.ndarray]:
