@@ -148,8 +148,13 @@ def everything(objective: Objective) -> Callable[[Any, Batch], Pass]:
     scalar = PartitionSpec()
     # The results' own tuples, with a PartitionSpec in the place of each array.
     value = Value._make([scalar] * 3)
-    specs = Pass._make([value, objective.param_specs, z, z])
-    return jax.jit(objective.map(objective.run, specs))
+    left_out: dict[str, Any] = {"h": None, "sigma_prime": None}
+    specs = Pass._make([value, objective.param_specs, *[z] * 4])._replace(**left_out)
+
+    def body(*blocks: Any) -> Pass:
+        return objective.run(*blocks)._replace(**left_out)
+
+    return jax.jit(objective.map(body, specs))
 
 
 @cache

@@ -16,7 +16,7 @@ from jax import lax
 
 from tpmlp.collectives import zeros
 from tpmlp.kernels import backprop, invariant_terms, terms
-from tpmlp.kernels.backprop import Chain, Layers
+from tpmlp.kernels.backprop import Backward, Chain, Forward, Layers
 from tpmlp.kernels.execution import execution
 from tpmlp.losses import Loss
 from tpmlp.regularizers import ElementwisePenalty
@@ -43,13 +43,17 @@ class Pass(NamedTuple):
     Attributes:
         value: the scalars.
         grads: gradients of the data loss and of an elementwise R, laid out as the parameters.
-        z: z_1 .. z_{L+1}, each "O/g/s B/d".
+        h: h_1 .. h_{L+1} of the forward pass, each "I/s/g B/d".
+        z: z_1 .. z_{L+1} of the forward pass, each "O/g/s B/d".
+        sigma_prime: sigma'(z_1) .. sigma'(z_L) of the backward pass, each "O/g/s B/d".
         g: g_1 .. g_{L+1}, each "O/g/s B/d", gradients of the data loss.
     """
 
     value: Value
     grads: Layers
+    h: list[jax.Array]
     z: list[jax.Array]
+    sigma_prime: list[jax.Array]
     g: list[jax.Array]
 
 
@@ -83,9 +87,14 @@ def value_and_grad(
 ) -> Pass:
     """Compute the loss of a batch and its gradient; arguments as in `value`."""
     total = terms_of(chain).total_weight(weight, chain)
-    sums, grads, z, g = _one_pass(layers, x, y, weight, total, chain=chain, loss=loss)
+    sums, passed, result = _one_pass(layers, x, y, weight, total, chain=chain, loss=loss)
     return Pass(
-        _value(sums, total, layers, chain, loss), _finished(layers, grads, chain, penalty), z, g
+        value=_value(sums, total, layers, chain, loss),
+        grads=_finished(layers, result.grads, chain, penalty),
+        h=passed.h,
+        z=passed.z,
+        sigma_prime=result.sigma_prime,
+        g=result.g,
     )
 
 
@@ -107,10 +116,10 @@ def accumulate(
     total = terms_of(chain).total_weight(weight, chain)
 
     def one_pass(x: Any, y: Any, weight: Any, reduce: bool) -> tuple[jax.Array, Layers]:
-        sums, grads, *_ = _one_pass(
+        sums, _, result = _one_pass(
             layers, x, y, weight, total, chain=chain, loss=loss, reduce=reduce
         )
-        return sums, grads
+        return sums, result.grads
 
     sums, grads = sum_parts(one_pass, layers, (x, y, weight), chain)
     return _value(sums, total, layers, chain, loss), _finished(layers, grads, chain, penalty)
@@ -161,13 +170,12 @@ def _one_pass(
     chain: Chain,
     loss: Loss,
     reduce: bool = True,
-) -> tuple[jax.Array, Layers, list[jax.Array], list[jax.Array]]:
-    """Return this device's sums, gradients, z and g of samples with a total weight."""
+) -> tuple[jax.Array, Forward, Backward]:
+    """Return this device's sums, and both passes, of samples with a total weight."""
     passed = backprop.forward(layers, x, chain)
     sums, g = terms_of(chain).at_outputs(passed.z[-1], y, weight, total, chain, loss)
     kept = backprop.keep(passed, chain)
-    result = backprop.backward(layers, x, kept, g, chain, reduce=reduce)
-    return sums, result.grads, passed.z, result.g
+    return sums, passed, backprop.backward(layers, x, kept, g, chain, reduce=reduce)
 
 
 def _value(sums: jax.Array, total: jax.Array, layers: Layers, chain: Chain, loss: Loss) -> Value:
