@@ -123,7 +123,7 @@ test: $(READY) ## Run the suite and the doctests, on simulated CPU devices
 	@$(PYTEST) $(PYTEST_ARGS)
 
 test-all: $(READY) ## Run the suite and every strategy, mesh and clean run; goes on where it was stopped
-	@$(PYTEST) -p tests.resume tests/every_*.py tests tpmlp README.md $(PYTEST_ARGS); \
+	@$(PYTEST) -p tests.resume -o python_files="test_*.py every_*.py" $(PYTEST_ARGS); \
 	    status=$$?; [ $$status -eq 5 ] && echo 'Everything has passed before.' || exit $$status
 
 test-gpu: $(READY_GPU) ## Run the tests marked gpu, on a CUDA device

@@ -21,6 +21,7 @@ from conftest import MESHES
 from tpmlp import reference
 from tpmlp.activations import get_activation
 from tpmlp.batch import Batch
+from tpmlp.kernels.backprop import Arrays
 from tpmlp.kernels.objective import Pass, Value
 from tpmlp.losses import Logistic, get_loss
 from tpmlp.objective import Objective, make_objective
@@ -148,8 +149,14 @@ def everything(objective: Objective) -> Callable[[Any, Batch], Pass]:
     scalar = PartitionSpec()
     # The results' own tuples, with a PartitionSpec in the place of each array.
     value = Value(scalar, scalar, scalar)
-    specs = Pass._make([value, objective.param_specs, (z, z)])
-    return jax.jit(objective.map(objective.run, specs))
+    arrays = Arrays(h=None, z=z, sigma_prime=None, g=z)
+    specs = Pass._make([value, objective.param_specs, arrays])
+
+    def body(*blocks: Any) -> Pass:
+        result = objective.run(*blocks)
+        return result._replace(arrays=result.arrays._replace(h=None, sigma_prime=None))
+
+    return jax.jit(objective.map(body, specs))
 
 
 @cache
@@ -187,7 +194,8 @@ def sharded(problem: Problem, placement: tuple[Sizes, str]) -> Tensors:
     bare = replace(problem, weighted=False)
     result = _compiled(bare, placement)(*samples(problem))
     tensors = {"loss": result.value.loss, "correct": result.value.correct}
-    for l, ((dW, db), z, g) in enumerate(zip(result.grads, *result.arrays, strict=True), 1):
+    seen = result.arrays
+    for l, ((dW, db), z, g) in enumerate(zip(result.grads, seen.z, seen.g, strict=True), 1):
         tensors |= {f"dW_{l}": dW, f"z_{l}": z, f"g_{l}": g}
         tensors |= {} if db is None else {f"db_{l}": db}
     return {name: np.asarray(tensor) for name, tensor in tensors.items()}

@@ -29,6 +29,12 @@ def test_sigma_prime_is_the_derivative_of_sigma(name):
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_largest_slope_is_that_of_any_z(name):
+    slopes = np.abs(ACTIVATIONS[name].sigma_prime(jnp.linspace(-40.0, 40.0, 100_001)))
+    assert ACTIVATIONS[name].largest_slope == pytest.approx(slopes.max(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("which", ["sigma", "sigma_prime"])
 def test_an_activation_equals_the_reference(name, which):
     got = getattr(ACTIVATIONS[name], which)(jnp.asarray(Z))

@@ -435,14 +435,19 @@ GRADIENTS: dict[str, Case] = {
         lambda: of_samples("gradient_noise_scale", loss=None),
         ("loss", "loss=None"),
     ),
-    "positions": (
+    "tokens": (
         lambda: of_samples(x=np.ones((4, 7, 3))),
-        ("x", "(4, 7, 3)", "[B, d_0]", "one row"),
+        ("x", "(4, 7, 3)", "[B, d_0]", "not for tokens", "x.reshape(-1, 3)"),
     ),
-    "positions to clip": (
+    "tokens to clip": (
         lambda: of_samples("clipped_gradient_sum", x=np.ones((4, 7, 3)), max_norm=1.0),
-        ("x", "(4, 7, 3)", "[B, d_0]"),
+        ("x", "(4, 7, 3)", "[B, d_0]", "not for tokens"),
     ),
+    "tokens to scale by": (
+        lambda: of_samples("gradient_noise_scale", x=np.ones((4, 7, 3))),
+        ("x", "(4, 7, 3)", "[B, d_0]", "not for tokens"),
+    ),
+    "one sample as a vector": (lambda: of_samples(x=np.ones(3)), ("x", "(3,)", "d_0=3", "rows")),
     "targets": (lambda: of_samples(y=VALUES[:2]), ("y", "(2, 5)", "4 rows")),
     "another mesh": (lambda: of_samples(mesh=mesh_of((1, 8, 1))), ("W_1", "(8, 8)", "reshard")),
     "one sample": (

@@ -3,6 +3,10 @@
 Each mutant is one edit of the package; its killer is a test of the suite that passes without it
 (the suite runs that too) and must fail with it. A surviving mutant means that the numbers could be
 wrong in that way and nobody would notice.
+
+Some mutants never give a number: JAX's check_vma or tpmlp.layout refuses them while the step is
+traced. Which these are is part of the table, and held against what the killer prints.
+docs/mutants.md is this table: `python -m tests.test_mutants > docs/mutants.md` writes it.
 """
 
 import shutil
@@ -25,13 +29,21 @@ class Mutant:
         old: text that occurs there once.
         new: what replaces it.
         killer: the test that must fail.
+        refused: what the static refusal that fails it says; None where a wrong number does, or a
+            wrong count.
     """
 
     file: str
     old: str
     new: str
     killer: str
+    refused: str | None = None
 
+
+# What every static refusal says: of check_vma at the end of a shard_map, and of a signature.
+CHECK_VMA = "out_specs which require replication which can't be statically inferred"
+LAYOUT = "tpmlp.layout.LayoutError"
+REFUSALS = {CHECK_VMA: "by JAX's check_vma", LAYOUT: "by the layout's signature"}
 
 BACKPROP = "tests/kernels/test_backprop.py"
 RECURSION = f"{BACKPROP}::test_float64_tensor_equals_the_reference_and_is_zero_where_padded"
@@ -43,6 +55,7 @@ STRATEGIES = (
 )
 FIELDS = "tests/test_strategy_fields.py"
 INVARIANT = "tests/test_invariant.py::test_a_whole_training_run_has_the_same_bits_on_every_mesh"
+SMALL = "tests/test_invariant.py::test_a_batch_of_a_few_samples_has_the_same_bits_on_every_mesh"
 RING = "tests/kernels/test_dense.py::test_float64_tensor_equals_numpy[ring-1x3x1"
 # The rows of tests.strategies.FLOAT64_ROWS that the mutants name.
 SPLIT = "8x1x1-column-gathered-none-split-3-float64-None-None"
@@ -61,6 +74,21 @@ MUTANTS = {
         'return all_reduce("O/g I/s +d -> O/g I/s", dW, **axes).astype(run.total)',
         "return dW",
         f"{RECURSION}[2x1x2-column-dW_1]",
+        refused=CHECK_VMA,
+    ),
+    "an all-reduce left out": Mutant(
+        "collectives.py",
+        "return lax.psum(x, names)",
+        "return x",
+        f"{RECURSION}[2x1x1-column-loss]",
+        refused=CHECK_VMA,
+    ),
+    "a partial sum that is not said to be one": Mutant(
+        "kernels/dense.py",
+        'einsum("O/g I/s, I/s B/d -> O/g B/d +s", W, h,',
+        'einsum("O/g I/s, I/s B/d -> O/g B/d", W, h,',
+        f"{RECURSION}[1x2x1-row-z_1]",
+        refused=LAYOUT,
     ),
     "a dropped sum in dh": Mutant(
         "kernels/dense.py",
@@ -89,8 +117,8 @@ MUTANTS = {
     ),
     "a stale sigma'": Mutant(
         "kernels/backprop.py",
-        "return dh * chain.activation.sigma_prime(z)",
-        "return dh * chain.activation.sigma_prime(activate(chain.activation, z))",
+        "return chain.activation.sigma_prime(z)",
+        "return chain.activation.sigma_prime(activate(chain.activation, z))",
         f"{RECURSION}[1x1x1-column-g_1]",
     ),
     "padded columns leaking": Mutant(
@@ -161,6 +189,7 @@ MUTANTS = {
         "if others <= mine]",
         "]",
         "tests/test_xla.py::test_hold_leaves_every_array_the_axes_it_differs_over",
+        refused=CHECK_VMA,
     ),
     "a ring that skips its last hop": Mutant(
         "kernels/ring.py",
@@ -252,9 +281,9 @@ MUTANTS = {
         f"{PRODUCT}[ring, recompute-hessian]",
     ),
     "R's Hessian forgotten": Mutant(
-        "inspection/curvature.py",
-        "    if objective.regularizer is None:\n        return product\n",
-        "    if objective.regularizer is not objective:\n        return product\n",
+        "kernels/curvature.py",
+        "if penalty is None:",
+        "if penalty is not chain:",
         f"{PRODUCT}[ring, gathered, split-gauss_newton]",
     ),
     "the loss's Hessian without the weights of samples": Mutant(
@@ -275,6 +304,18 @@ MUTANTS = {
         "return einsum(signature, a, b, dtype=dtype, product=product, **axes)",
         "return einsum(signature, a, b, dtype=dtype, **axes)",
         f"{INVARIANT}[float32-1x2x4]",
+    ),
+    "a product of one term joined to the sum of two": Mutant(
+        "kernels/as_written.py",
+        '"copy",',
+        '"copy", "dot_general",',
+        f"{SMALL}[8x1x1]",
+    ),
+    "a loop over one block that is taken apart": Mutant(
+        "kernels/blocks.py",
+        "if num_blocks == 1:",
+        "if num_blocks == 0:",
+        f"{PER_EXAMPLE}::test_gradients_of_samples_have_the_same_bits_on_every_mesh[8x1x1]",
     ),
     "updates of whatever a device holds": Mutant(
         "train/optimizer.py",
@@ -313,3 +354,33 @@ def test_mutant_is_killed(name, tmp_path):
     # 1 is "some tests failed"; a test that does not exist is 4, one that passes 0.
     assert run.returncode == 1, run.stdout
     assert f"FAILED {mutant.killer}" in run.stdout
+    assert [said for said in REFUSALS if said in run.stdout] == [*filter(None, [mutant.refused])]
+
+
+def table() -> str:
+    """Return the mutants as docs/mutants.md has them."""
+    refused = sum(mutant.refused is not None for mutant in MUTANTS.values())
+    lines = [
+        "# Faults that the suite finds",
+        "",
+        f"{len(MUTANTS)} edits of the package, each found by the test beside it; {refused} are",
+        "refused while the step is traced, before there is a number. `tests/test_mutants.py` has",
+        "the edits, and holds this table.",
+        "",
+        "| fault | in | found by | refused statically |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, mutant in MUTANTS.items():
+        file, _, test = mutant.killer.partition("[")[0].partition("::")
+        where = f"`{test}` of `{file}`"
+        by = REFUSALS[mutant.refused] if mutant.refused else "no"
+        lines.append(f"| {name} | `tpmlp/{mutant.file}` | {where} | {by} |")
+    return "\n".join(lines)
+
+
+def test_the_table_in_the_docs_is_this_one():
+    assert (ROOT / "docs" / "mutants.md").read_text() == table() + "\n"
+
+
+if __name__ == "__main__":
+    print(table())

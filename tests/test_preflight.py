@@ -4,7 +4,9 @@ Faults are put into the lax that tpmlp.collectives calls, for one collective, ty
 The last tests run two processes over gloo, as `tests/two_processes.py` tells.
 """
 
+import inspect
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -33,6 +35,7 @@ LAX = {
     "reduce_scatter": "psum_scatter",
     "all_reduce": "psum",
     "all_reduce_max": "pmax",
+    "reduce_scatter_in_tree": "all_to_all",
     "shift": "ppermute",
 }
 Break = Callable[..., None]
@@ -85,6 +88,29 @@ def test_a_collective_that_gives_wrong_numbers_is_named(name: str, break_lax: Br
     message = fault_of(mesh_of((1, 2, 1)))
     assert message.startswith(f"{name} over mesh axis x must give the numbers of its definition")
     assert "mesh={'data': 1, 'stage': 1, 'x': 2, 'y': 1}. Do not train on this mesh" in message
+
+
+def is_collective(name: str) -> bool:
+    """Return whether a name of lax is a collective: a function of (x, axis_name, ...)."""
+    function = getattr(lax, name, None)
+    parameters = list(inspect.signature(function).parameters) if callable(function) else []
+    return parameters[1:2] == ["axis_name"] and name != "pcast"  # That moves nothing.
+
+
+def public_collectives() -> list[str]:
+    """Return the functions of tpmlp.collectives that call a collective of lax, by their source."""
+    sources = {name: inspect.getsource(getattr(collectives, name)) for name in collectives.__all__}
+    called = {name: re.findall(r"lax\.(\w+)\(", source) for name, source in sources.items()}
+    return [name for name, calls in called.items() if any(map(is_collective, calls))]
+
+
+@pytest.mark.usefixtures("one_size")
+@pytest.mark.parametrize("name", public_collectives())
+def test_no_collective_is_left_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(collectives, name)
+    monkeypatch.setattr(collectives, name, lambda *args, **axes: plus_one(right(*args, **axes)))
+    # Two axes, for one that would need both.
+    assert fault_of(mesh_of((1, 2, 2))).startswith(f"{name} over mesh axis")
 
 
 @pytest.mark.usefixtures("one_size")
@@ -147,13 +173,13 @@ def test_a_sum_that_counts_devices_wrongly_is_found_though_their_number_is_right
 
 def test_every_collective_is_in_the_compiled_program() -> None:
     # Over two devices the two shifts are one.
-    mesh = mesh_of((1, 3, 1))
-    case = preflight.Case(("x",), 3, "float32", 12)
+    mesh = mesh_of((1, 4, 1))
+    case = preflight.Case(("x",), 4, "float32", 16)
     held, _ = preflight._numbers(mesh, case)
-    audit = tpmlp.audit(preflight._collect(mesh, case.axes), *held)
+    audit = tpmlp.audit(preflight._collect(mesh, case), held)
     kinds = [found.kind for found in audit.collectives for _ in range(found.count or 0)]
-    twice = ["all_reduce", "ppermute"]
-    assert sorted(kinds) == sorted(["all_gather", "reduce_scatter", *twice, *twice])
+    twice = ["all_gather", "all_reduce", "ppermute"]
+    assert sorted(kinds) == sorted(["reduce_scatter", "all_to_all", *twice, *twice])
 
 
 def test_axes_sizes_and_types_are_all_there() -> None:
@@ -175,9 +201,11 @@ def test_every_number_is_exact_in_its_type(dtype: str) -> None:
     case = preflight.Case(("x",), 3, dtype, 30_000)
     _, right = preflight._numbers(mesh_of((1, 3, 1)), case)
     largest = {"float32": 2**24, "bfloat16": 2**8}[dtype]
-    for whole in right:
+    for whole in right.values():
         assert np.abs(whole.astype(np.float64)).max() <= largest
-    np.testing.assert_array_equal(right[1].astype(np.int64), 3 * right[0].astype(np.int64))
+    np.testing.assert_array_equal(
+        right["all_reduce"].astype(np.int64), 3 * right["all_gather"].astype(np.int64)
+    )
 
 
 def fit(mesh: Any) -> Any:

@@ -24,12 +24,14 @@ class Activation:
         sigma: z -> sigma(z), elementwise.
         sigma_prime: z -> sigma'(z), elementwise.
         fixes_zero: whether sigma(0) = 0.
+        largest_slope: the largest |sigma'(z)| of any z; None where that is not known.
     """
 
     name: str
     sigma: Elementwise
     sigma_prime: Elementwise
     fixes_zero: bool
+    largest_slope: float | None = None
 
 
 @partial(jax.jit, static_argnums=0)  # Traced once for all layers of a shape.
@@ -117,15 +119,47 @@ def _normal_density(z: jax.Array) -> jax.Array:
 ACTIVATIONS = {
     activation.name: activation
     for activation in (
-        Activation(name="relu", sigma=relu, sigma_prime=relu_prime, fixes_zero=True),
-        Activation(name="gelu", sigma=gelu, sigma_prime=gelu_prime, fixes_zero=True),
-        Activation(name="silu", sigma=silu, sigma_prime=silu_prime, fixes_zero=True),
-        Activation(name="tanh", sigma=jnp.tanh, sigma_prime=tanh_prime, fixes_zero=True),
         Activation(
-            name="sigmoid", sigma=jax.nn.sigmoid, sigma_prime=sigmoid_prime, fixes_zero=False
+            name="relu", sigma=relu, sigma_prime=relu_prime, fixes_zero=True, largest_slope=1.0
         ),
-        Activation(name="softplus", sigma=softplus, sigma_prime=jax.nn.sigmoid, fixes_zero=False),
-        Activation(name="identity", sigma=lambda z: z, sigma_prime=jnp.ones_like, fixes_zero=True),
+        Activation(
+            name="gelu",
+            sigma=gelu,
+            sigma_prime=gelu_prime,
+            fixes_zero=True,
+            largest_slope=1.1289041,  # At sqrt(2).
+        ),
+        Activation(
+            name="silu",
+            sigma=silu,
+            sigma_prime=silu_prime,
+            fixes_zero=True,
+            largest_slope=1.0998393,  # At 2.3994.
+        ),
+        Activation(
+            name="tanh", sigma=jnp.tanh, sigma_prime=tanh_prime, fixes_zero=True, largest_slope=1.0
+        ),
+        Activation(
+            name="sigmoid",
+            sigma=jax.nn.sigmoid,
+            sigma_prime=sigmoid_prime,
+            fixes_zero=False,
+            largest_slope=0.25,
+        ),
+        Activation(
+            name="softplus",
+            sigma=softplus,
+            sigma_prime=jax.nn.sigmoid,
+            fixes_zero=False,
+            largest_slope=1.0,
+        ),
+        Activation(
+            name="identity",
+            sigma=lambda z: z,
+            sigma_prime=jnp.ones_like,
+            fixes_zero=True,
+            largest_slope=1.0,
+        ),
     )
 }
 

@@ -100,15 +100,15 @@ class MLP:
             for l, shape in enumerate(self.layer_shapes, 1)
         )
 
-    def place(self, mesh: Mesh, strategy: Strategy | None = None) -> Placement:
+    def place(self, mesh: Mesh, strategy: Strategy | None = None) -> Any:
         """Return where the layers live on a mesh under a strategy."""
         return place(self.widths, mesh, strategy)
 
-    def network(self, placement: Placement) -> Chain:
+    def network(self, placement: Any) -> Any:
         """Return what the kernel runs."""
         return Chain(placement, self.sigma)
 
-    def shardings(self, placement: Placement) -> Params:
+    def shardings(self, placement: Any) -> Any:
         """Return the sharding of every parameter, in their structure."""
         W, b = placement.param_layouts
         return tuple(

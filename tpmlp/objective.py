@@ -90,17 +90,19 @@ class Objective:
     def gradients(self, network: Network, *blocks: Any) -> tuple[kernel.Value, Any]:
         """Return scalars and gradients from one device's blocks, in microbatches."""
         if self.placement.strategy.microbatches > 1:
-            return kernel.accumulate(*blocks, **self._kernel_arguments(network))
+            return kernel.accumulate(*blocks, network=network, **self.kernel_arguments)
         result = self.run(network, *blocks)
         return result.value, result.grads
 
     def run(self, network: Network, *blocks: Any) -> kernel.Pass:
         """Run the kernel on one device's blocks, the whole batch at once."""
-        return kernel.value_and_grad(*blocks, **self._kernel_arguments(network))
+        return kernel.value_and_grad(*blocks, network=network, **self.kernel_arguments)
 
-    def _kernel_arguments(self, network: Network) -> dict[str, Any]:
+    @property
+    def kernel_arguments(self) -> dict[str, Any]:
+        """Keywords of the kernel's functions."""
         penalty = self.regularizer if isinstance(self.regularizer, ElementwisePenalty) else None
-        return {"network": network, "loss": self.loss, "penalty": penalty}
+        return {"loss": self.loss, "penalty": penalty}
 
     def _evaluated(self, value: kernel.Value, penalty: jax.Array) -> Evaluated:
         added = penalty if value.activity is None else penalty + value.activity

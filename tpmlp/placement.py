@@ -171,15 +171,20 @@ class Placement(OnMesh):
     @cached_property
     def samples(self) -> SampleSpec:
         """What the first layer is given."""
-        shapes = ((widths[0],) for widths in (self.widths, self.padded_widths))
-        return SampleSpec("x", *shapes, None, self.sharding("B/d I/s/g", 1))
+        width, whole = self.widths[0], self.padded_widths[0]
+        return SampleSpec("x", (width,), (whole,), None, self.sharding("B/d I/s/g", 1))
 
     @cached_property
     def outputs(self) -> OutputSpec:
         """What the last layer gives."""
         last = len(self.words)
-        shardings = (self.sharding(layout, last) for layout in ("B/d O/g/s", "B/d"))
-        return OutputSpec(self.widths[-1], self.padded_widths[-1], None, *shardings)
+        return OutputSpec(
+            width=self.widths[-1],
+            padded_width=self.padded_widths[-1],
+            tokens=None,
+            values=self.sharding("B/d O/g/s", last),
+            samples=self.sharding("B/d", last),
+        )
 
     @cached_property
     def padded_widths(self) -> tuple[int, ...]:

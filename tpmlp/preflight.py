@@ -12,11 +12,11 @@ Over p devices, with integers u, element i of device a is
     to gather and to shift   block a of u
     to sum                   2 u_i where i % p == a, and u_i where (i + 1) % p == a; the sum is 3 u.
                              A device left out, counted twice or mistaken for another shows in any
-                             p elements.
+                             p elements. Trees, which are there for p a power of 2, sum the same.
     for the maximum          u_i + 1 where i % p == a, else u_i; the maximum is u + 1
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import product
 from math import prod
@@ -38,11 +38,22 @@ SIZES_BYTES = {"float32": (0, 64 * KIB, 16 * MIB), "bfloat16": (0, 64 * KIB, 4 *
 # reduce-scatter was wrong in 8 of 640 chunks of 2 to 16 MiB, in none of 480 smaller (jax#40830).
 _ROUNDS = 3
 
+# In both directions: a device's two results are one array.
+_SHIFTS = (1, -1)
+
 # 3 u is exact: integers to 2^24 in float32, to 2^8 in bfloat16.
 _LARGEST = {"float32": 2**22, "bfloat16": 2**6}
 
-# In the order of `_collect`: shift in both directions.
-_NAMES = ("all_gather", "reduce_scatter", "all_reduce", "all_reduce_max", "shift", "shift")
+# In the order in which a fault is told: a sum in a tree after what it moves by.
+_NAMES = (
+    "all_gather",
+    "reduce_scatter",
+    "all_reduce",
+    "all_reduce_max",
+    "reduce_scatter_in_tree",
+    "all_reduce_in_tree",
+    "shift",
+)
 
 
 class Case(NamedTuple):
@@ -52,6 +63,14 @@ class Case(NamedTuple):
     num_blocks: int
     dtype: str
     size_bytes: int
+
+
+class Held(NamedTuple):
+    """What devices hold: to gather and to shift, to sum, and for the maximum."""
+
+    own: jax.Array
+    terms: jax.Array
+    high: jax.Array
 
 
 class Wrong(NamedTuple):
@@ -111,18 +130,18 @@ def _cases(mesh: Mesh, largest_bytes: int | None) -> Iterator[Case]:
 def _run(mesh: Mesh, k: int, case: Case) -> list[Wrong]:
     """Run one case and return what is wrong on this process's devices."""
     devices = {device: d for d, device in enumerate(mesh.devices.flat)}
-    run, (held, right) = _collect(mesh, case.axes), _numbers(mesh, case)
+    run, (held, right) = _collect(mesh, case), _numbers(mesh, case)
     return [
-        Wrong(k, c, devices[shard.device], n)
+        Wrong(k, _NAMES.index(name), devices[shard.device], n)
         for _ in range(_ROUNDS if mesh.is_multi_process and case.size_bytes >= MIB else 1)
-        for c, got in enumerate(run(*held))
+        for name, got in run(held).items()
         for shard in got.addressable_shards
-        if (n := _count_different(np.asarray(shard.data), right[c][shard.index]))
+        if (n := _count_different(np.asarray(shard.data), right[name][shard.index]))
     ]
 
 
-def _numbers(mesh: Mesh, case: Case) -> tuple[list[jax.Array], list[np.ndarray]]:
-    """Return what devices hold to gather, to sum and for the maximum; and the whole results."""
+def _numbers(mesh: Mesh, case: Case) -> tuple[Held, dict[str, np.ndarray]]:
+    """Return what devices hold, and the whole results."""
     p, dtype, limit = case.num_blocks, jnp.dtype(case.dtype), _LARGEST[case.dtype]
     size = case.size_bytes // dtype.itemsize
     u = np.random.default_rng(0).integers(-limit, limit + 1, size, dtype=np.int32)
@@ -131,13 +150,14 @@ def _numbers(mesh: Mesh, case: Case) -> tuple[list[jax.Array], list[np.ndarray]]
     def repeated(turn: np.ndarray) -> np.ndarray:
         return np.tile(turn, size // p)
 
-    held = [
-        _place(mesh, case, lambda a: blocks[a]),
-        _place(mesh, case, lambda a: u * repeated(2 * one[a] + one[a - 1])),
-        _place(mesh, case, lambda a: u + repeated(one[a])),
-    ]
-    ahead, behind = (np.roll(blocks, -by, axis=0).reshape(-1) for by in (1, -1))
-    return held, [a.astype(dtype) for a in (u, 3 * u, 3 * u, u + 1, ahead, behind)]
+    held = Held(
+        own=_place(mesh, case, lambda a: blocks[a]),
+        terms=_place(mesh, case, lambda a: u * repeated(2 * one[a] + one[a - 1])),
+        high=_place(mesh, case, lambda a: u + repeated(one[a])),
+    )
+    shifted = np.hstack([np.roll(blocks, -by, axis=0) for by in _SHIFTS]).reshape(-1)
+    results = (u, 3 * u, 3 * u, u + 1, 3 * u, 3 * u[: size // p], shifted)
+    return held, {name: a.astype(dtype) for name, a in zip(_NAMES, results, strict=True)}
 
 
 def _place(mesh: Mesh, case: Case, hold: Callable[[int], np.ndarray]) -> jax.Array:
@@ -158,25 +178,50 @@ def _count_different(got: np.ndarray, right: np.ndarray) -> int:
     return int(np.count_nonzero(got.view(bits) != right.view(bits)))
 
 
-def _collect(mesh: Mesh, axes: tuple[str, ...]) -> Callable[..., Sequence[jax.Array]]:
-    """Return the program that runs the collectives of _NAMES; shift needs a single axis."""
-    roles = dict(zip("abc", axes, strict=False))
-    split, partial = ("".join(mark + role for role in roles) for mark in "/+")
-    num_results = 6 if len(axes) == 1 else 4
+def _collect(mesh: Mesh, case: Case) -> Callable[[Held], dict[str, jax.Array]]:
+    """Return the program that runs all collectives there are for a case."""
+    runs, blocks = _runs(case), PartitionSpec(case.axes)
 
-    def collect(own: jax.Array, terms: jax.Array, high: jax.Array) -> list[jax.Array]:
-        results = [
-            collectives.all_gather(f"A{split} -> A", own, **roles),
-            collectives.reduce_scatter(f"A {partial} -> A{split}", terms, **roles),
-            collectives.all_reduce(f"A {partial} -> A", terms, **roles),
-            collectives.all_reduce_max(f"A {partial} -> A", high, **roles),
-        ]
-        shifts = (1, -1) if len(axes) == 1 else ()
-        return results + [collectives.shift("A/a", own, "a", by, **roles) for by in shifts]
+    def collect(held: Held) -> dict[str, jax.Array]:
+        return {name: run(held) for name, (run, _) in runs.items()}
 
-    whole, blocks = PartitionSpec(), PartitionSpec(axes)
-    out_specs = [whole, blocks, whole, whole, blocks, blocks][:num_results]
+    out_specs = {name: spec for name, (_, spec) in runs.items()}
     return jax.jit(jax.shard_map(collect, mesh=mesh, in_specs=blocks, out_specs=out_specs))
+
+
+def _runs(case: Case) -> dict[str, tuple[Callable[[Held], jax.Array], PartitionSpec]]:
+    """Return the collectives there are for a case, and how their results are split."""
+    roles = dict(zip("abc", case.axes, strict=False))
+    split, partial = ("".join(mark + role for role in roles) for mark in "/+")
+    gather, scatter, reduce = f"A{split} -> A", f"A {partial} -> A{split}", f"A {partial} -> A"
+    whole, blocks = PartitionSpec(), PartitionSpec(case.axes)
+
+    def all_reduce_in_tree(held: Held) -> jax.Array:
+        # It gathers all terms: of 1/p of each, that is an array of the case's size.
+        few = held.terms[: held.own.size]
+        return collectives.all_reduce_in_tree(reduce, few, **roles)
+
+    def shift(held: Held) -> jax.Array:
+        steps = (collectives.shift("A/a", held.own, "a", by, **roles) for by in _SHIFTS)
+        return jnp.concatenate(list(steps))
+
+    runs = {
+        "all_gather": (lambda h: collectives.all_gather(gather, h.own, **roles), whole),
+        "reduce_scatter": (lambda h: collectives.reduce_scatter(scatter, h.terms, **roles), blocks),
+        "all_reduce": (lambda h: collectives.all_reduce(reduce, h.terms, **roles), whole),
+        "all_reduce_max": (lambda h: collectives.all_reduce_max(reduce, h.high, **roles), whole),
+        "reduce_scatter_in_tree": (
+            lambda h: collectives.reduce_scatter_in_tree(scatter, h.terms, **roles),
+            blocks,
+        ),
+        "all_reduce_in_tree": (all_reduce_in_tree, whole),
+        "shift": (shift, blocks),
+    }
+    if case.num_blocks.bit_count() > 1:
+        del runs["reduce_scatter_in_tree"], runs["all_reduce_in_tree"]
+    if len(case.axes) > 1:
+        del runs["shift"]
+    return runs
 
 
 def _read_elsewhere(mesh: Mesh, num_cases: int, found: list[Wrong]) -> list[Wrong]:

@@ -17,13 +17,14 @@ def check_dropout_key(model: Model, key: Any) -> tuple[jax.Array, ...]:
         ValueError: key is missing, or is none of jax.random.
     """
     dropped = model.dropouts if isinstance(model, Graph) else ()
-    if key is not None:
-        check_key(key)
-    if dropped and key is None:
+    if key is None and not dropped:
+        return ()
+    if key is None:
         raise ValueError(
             f'key must be given, as vertex "{dropped[0]}" drops at random: got key=None. Use '
             "key=jax.random.key(step), another for each step."
         )
+    check_key(key)
     return (key,) if dropped else ()
 
 

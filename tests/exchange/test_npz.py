@@ -163,6 +163,7 @@ def test_a_bad_file_is_one_error_that_names_what_is_wrong(wrong: str, path: Path
         assert words in str(raised.value)
     assert str(path) in str(raised.value)
     assert len(str(raised.value)) < 1200
+    assert str(raised.value).isprintable()
     assert not hasattr(__import__("builtins"), "tpmlp_bomb")
 
 

@@ -98,6 +98,7 @@ def transposed() -> bytes:
     return file_of(entries(*shapes))
 
 
+HOSTILE = "x\x1b[31m" * 100_000
 TWICE = [*good(), ("2.weight", dict(good())["2.weight"])]
 DEEP = b'{"__metadata__":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 
@@ -144,8 +145,20 @@ BAD: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "overlap": (changed("2.weight", data_offsets=[60, 92]), ("invalid offset", "2.weight")),
     "offsets turned": (changed("2.bias", data_offsets=[104, 96]), ("2.bias",)),
     "beyond the data": (changed("2.bias", data_offsets=[96, 2**40]), ("offset for tensor",)),
-    "data left over": (file_of(good(), data_bytes=105), ("not fully covered",)),
-    "data cut off": (file_of(good(), data_bytes=103), ("not fully covered",)),
+    "data left over": (file_of(good(), data_bytes=105), ("105 bytes of data", "more than")),
+    "data cut off": (file_of(good(), data_bytes=103), ("'2.bias' is cut off", "103", "104")),
+    "most data cut off": (file_of(good(), data_bytes=50), ("'0.bias' is cut off", "50", "64")),
+    "a hostile name cut off": (
+        file_of(entries((HOSTILE, "F32", (2,))), data_bytes=7),
+        ("\\x1b[31m", "is cut off"),
+    ),
+    "a hostile name": (beside(HOSTILE), ("\\x1b[31m", "besides")),
+    "a hostile name and offset": (
+        file_of([*good(), (HOSTILE, dict(good())["0.bias"])]),
+        ("\\x1b[31m", "offset for tensor"),
+    ),
+    "a hostile dtype": (changed("0.bias", dtype=HOSTILE), ("\\x1b[31m", "unknown variant")),
+    "a hostile rank": (changed("0.bias", shape=[4] + [1] * 9999), ("0.bias", "10000 dims")),
     "negative dim": (changed("0.weight", shape=[-4, -3]), ("invalid JSON",)),
     "dims beyond 2^64": (changed("0.weight", shape=[2**62, 2**62]), ("overflow",)),
     "npz": (b"PK\x03\x04" + bytes(200), ("safetensors file", "header of")),
@@ -162,6 +175,7 @@ def test_a_bad_file_is_one_error_that_names_what_is_wrong(wrong: str, path: Path
         assert words in str(raised.value)
     assert str(path) in str(raised.value)
     assert len(str(raised.value)) < 1200
+    assert str(raised.value).isprintable()
 
 
 def test_the_file_that_the_bad_ones_are_made_of_is_good(path: Path) -> None:

@@ -221,6 +221,11 @@ CASES = {
         activation="user",
         strategy=tpmlp.Strategy(shard_weights=True, microbatches=2),
     ),
+    "invariant": Case(
+        sizes=(2, 1, 2),
+        penalty="elastic_net",
+        strategy=tpmlp.Strategy(reduction="invariant"),
+    ),
 }
 
 

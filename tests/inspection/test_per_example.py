@@ -28,6 +28,7 @@ from tests.cases import (
     strategy_of,
 )
 from tests.strategies import FEW_ROWS, QUICKLY, integer_task
+from tests.test_invariant import ONE, assert_same_bits, bits
 from tests.tolerances import FLOAT64
 from tpmlp import reference
 from tpmlp.losses import Cotangent
@@ -181,6 +182,39 @@ def test_every_strategy_gives_the_gradients_of_samples(row):
     assert_equal_bits(run.norms, norms_of(of_integer_task()))
     total = joined(tpmlp.to_numpy(task.model, run.grads))[0]
     assert_equal_bits(total, of_integer_task().sum(axis=0))
+
+
+@cache
+def invariant_bits(sizes: Sizes) -> dict[str, str]:
+    """Return hashes of all that this file is about, in float32 with reduction="invariant"."""
+    strategy = tpmlp.Strategy(reduction="invariant", layout="alternate")
+    where = {"mesh": mesh_of(sizes), "strategy": strategy}
+    model, call = CLASSES.model, {"loss": CLASSES.loss, **where}
+
+    def run(*arrays: Any) -> tuple[tpmlp.ClippedSum, Any, tpmlp.NoiseScale]:
+        clipped = tpmlp.clipped_gradient_sum(model, *arrays, max_norm=2.0, **call)
+        norms = tpmlp.per_example_gradient_norms(model, *arrays, **call)
+        return clipped, norms, tpmlp.gradient_noise_scale(model, *arrays, **call)
+
+    params = model.init(jax.random.key(0), **where)
+    clipped, norms, noise_scale = jax.jit(run)(params, *samples(CLASSES))
+    # Some are clipped, and some are not.
+    assert np.min(norms) < 2 < np.max(norms)
+    return {
+        "losses": bits(clipped.losses),
+        "norms": bits(clipped.norms, norms),
+        "grads": bits(tpmlp.to_numpy(model, clipped.grads)),
+        "noise scale": bits(noise_scale),
+    }
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)], ids=name_of)
+def test_gradients_of_samples_have_the_same_bits_on_every_mesh(sizes):
+    assert_same_bits(invariant_bits(sizes), invariant_bits(ONE))
+
+
+def test_gradients_of_samples_added_in_trees_equal_vmap_of_grad():
+    assert_clipped_at_the_median(CLASSES, (2, 2, 2), tpmlp.Strategy(reduction="invariant"))
 
 
 @cache

@@ -5,7 +5,9 @@ A failure of a tensor means that the trace shows something the step did not comp
 
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -58,11 +60,43 @@ def test_padding_is_exactly_zero(mesh):
         assert not np.asarray(run.h[l])[:, WIDTHS[l - 1] :].any()
 
 
-@pytest.mark.parametrize(("name", "l"), [("w", 1), ("h", 0), ("z", 4), ("sigma_prime", 3)])
-def test_an_array_that_is_not_there_is_refused_by_name(name, l):
+@pytest.mark.parametrize(
+    ("name", "l", "said"),
+    [
+        ("h", 0, "l must be in 1 .. 3: got name='h', l=0. Layers count from 1"),
+        ("z", 4, "l must be in 1 .. 3: got name='z', l=4"),
+        ("g", -1, "l must be in 1 .. 3: got name='g', l=-1"),
+        ("sigma_prime", 3, "l must be in 1 .. 2: got .* of hidden layers alone"),
+    ],
+)
+def test_a_layer_that_is_not_there_is_refused_by_name(name, l, said):
     run = traced(tpmlp.make_mesh(x=2))
-    with pytest.raises(ValueError, match=f"name={name!r}, l={l}"):
-        run.logical(name, l)
+    for read in (run.logical, lambda name, l: getattr(run, name)[l]):
+        with pytest.raises(ValueError, match=said):
+            read(name, l)
+    assert l not in getattr(run, name)
+    assert getattr(run, name).get(l) is None
+
+
+def test_a_name_that_is_not_there_is_refused():
+    name: Any = "w"
+    with pytest.raises(ValueError, match=r"name must be one of \('h', .*: got name='w', l=1\."):
+        traced(tpmlp.make_mesh(x=2)).logical(name, 1)
+
+
+def test_sigma_prime_of_a_model_of_one_layer_is_refused():
+    mesh, model = tpmlp.make_mesh(x=2), tpmlp.MLP((3, 2))
+    params = tpmlp.from_numpy(model, [(np.ones((2, 3)), np.ones(2))], mesh)
+    run = tpmlp.trace(model, params, np.ones((4, 3)), loss="output", mesh=mesh)
+    with pytest.raises(ValueError, match="of a hidden layer, of which the model has none: got"):
+        run.sigma_prime[1]
+
+
+def test_the_arrays_of_a_trace_are_a_pytree():
+    z = traced(tpmlp.make_mesh(x=2)).z
+    on_host = jax.device_get(z)
+    assert (type(on_host), on_host.name, list(on_host)) == (type(z), "z", [1, 2, 3])
+    np.testing.assert_array_equal(on_host[2], z[2])
 
 
 @pytest.mark.parametrize("sizes", [(1, 5, 1), (2, 2, 2), (1, 1, 1)], ids=name_of)
@@ -96,10 +130,37 @@ def test_a_summary_counts_dead_and_saturated_units_but_no_padding(sizes):
     assert (last.dead_units, last.saturated, last.g_ratio) == (None, None, None)
 
 
+def saturation(activation: Any, biases: list[float]) -> list[float | None]:
+    """Return what a summary says of layers that all samples leave at z_l = b_l."""
+    mesh, widths = mesh_of((1, 3, 1)), (3, *(4 for _ in biases), 2)
+    model = tpmlp.MLP(widths, activation=activation)
+    b = [np.full(4, z) for z in biases] + [np.zeros(2)]
+    layers = [(np.zeros((len(b_l), i)), b_l) for i, b_l in zip(widths, b, strict=False)]
+    params = tpmlp.from_numpy(model, layers, mesh)
+    run = tpmlp.trace(model, params, np.ones((2, 3)), loss="output", mesh=mesh)
+    return [layer.saturated for layer in run.summary().layers]
+
+
+@pytest.mark.parametrize(
+    ("activation", "biases", "shares"),
+    [
+        # sigmoid'(6) is 0.00247, 0.0099 of the largest; sigmoid'(5.9) is 0.0109 of it.
+        ("sigmoid", [20.0, 6.0, 5.9], [1, 1, 0]),
+        ("relu", [-1.0, 1.0], [1, 0]),
+        ("identity", [0.0], [0]),
+        ((jnp.tanh, lambda z: 1 - jnp.tanh(z) ** 2), [20.0, 0.0], [1, 0]),
+        ((jnp.zeros_like, jnp.zeros_like), [1.0], [1]),
+    ],
+    ids=["sigmoid", "relu", "identity", "a user's", "a user's that is flat"],
+)
+def test_a_layer_that_is_saturated_throughout_says_so(activation, biases, shares):
+    assert saturation(activation, biases) == [*shares, None]
+
+
 def test_norms_of_gradients_that_vanish_are_not_lost():
     tiny = np.full((2, 4), 1e-30, np.float32)
     blocks = [Block(jnp.asarray(tiny), 2, 4)]
-    (row,) = summarize_depth(blocks, blocks, [], blocks, [tiny]).layers
+    (row,) = summarize_depth(blocks, blocks, [], blocks, [tiny], None).layers
     assert row.g_norm == pytest.approx(np.sqrt(8) * 1e-30, rel=1e-6)
 
 
@@ -117,8 +178,8 @@ def test_shares_of_sizes_are_those_of_the_logical_entries():
 def test_looking_at_a_trace_gathers_no_array():
     run = traced(mesh_of((2, 2, 2)))
     block = Block(run.z[2], run.num_samples, WIDTHS[2])
-    for function in (_norm, _slopes):
-        audit = tpmlp.audit(function.lower(*block).compile())
+    for lowered in (_norm.lower(*block), _slopes.lower(*block, 0.25)):
+        audit = tpmlp.audit(lowered.compile())
         assert audit.collectives
         assert {row.kind for row in audit.collectives} == {"all_reduce"}
         assert max(row.payload_bytes for row in audit.collectives) <= 8 * WIDTHS[2]
@@ -130,3 +191,15 @@ def test_a_picture_has_a_panel_a_quantity_and_a_column_a_layer():
     assert len(panels) == 3
     meshes = [panel.collections[0].get_array() for panel in panels]
     assert [mesh.shape[1] for mesh in meshes] == [3, 3, 2]
+
+
+def test_the_lowest_tick_of_a_picture_says_that_its_row_has_all_that_is_smaller():
+    run = traced(mesh_of((1, 5, 1)))
+    edges, _ = size_shares([Block(run.z[l], run.num_samples, WIDTHS[l]) for l in (1, 2, 3)])
+    axis = run.plot().axes[0].yaxis
+    ticks, labels = axis.get_ticklocs(), [label.get_text() for label in axis.get_ticklabels()]
+    lowest = int(np.argmin(ticks))
+    assert edges[0] < ticks[lowest] < edges[1]
+    assert labels[lowest] == f"$\\leq {edges[1]:g}$"
+    others = [float(text.strip("$")) for i, text in enumerate(labels) if i != lowest]
+    assert others == [tick for i, tick in enumerate(ticks) if i != lowest]

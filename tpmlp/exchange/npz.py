@@ -27,6 +27,7 @@ from tpmlp.exchange.tensors import (
     check_names,
     check_once,
     check_tensors,
+    shown,
     usable,
 )
 from tpmlp.model import MLP, Arrays, Params
@@ -162,5 +163,5 @@ def _readable(path: Path, part: str) -> Iterator[None]:
     except _UNREADABLE as error:
         raise ValueError(
             f"path must be a .npz file of NumPy: got path={str(path)!r}, {part} cannot be read "
-            f"({error}). It is damaged, or of another format."
+            f"({shown(error, most=200)}). It is damaged, or of another format."
         ) from error

@@ -29,6 +29,7 @@ from tpmlp.exchange.tensors import (
     check_once,
     check_tensors,
     listed,
+    shown,
     usable,
 )
 from tpmlp.extras import require
@@ -40,6 +41,9 @@ HASH_KEY = "tpmlp.parameter_hash"
 
 # A header takes about 100 bytes a tensor. The package would parse 100 MB.
 MAX_HEADER_BYTES = 2**22
+
+# What the package says where the offsets are right and the data have another length.
+_NOT_COVERED = "incomplete"
 
 _NAME = re.compile(r"(0|[1-9][0-9]{0,8})\.(?:weight|bias)")
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -103,7 +107,8 @@ def read_safetensors(model: MLP, path: Any) -> Arrays:
     _check_header_length(path)
     try:
         with package.safe_open(path, framework="numpy") as file:
-            metadata, found = _read_header(path)
+            metadata, header = _read_header(path)
+            found = {name: _tensor(entry) for name, entry in header.items()}
             names = _name_layers(path, model, list(found))
             check_names(path, model, list(found), names)
             check_tensors(path, model, found, names)
@@ -111,7 +116,7 @@ def read_safetensors(model: MLP, path: Any) -> Arrays:
                 (file.get_tensor(W), file.get_tensor(b) if model.bias else None) for W, b in names
             ]
     except package.SafetensorError as error:
-        raise _refuse(path, str(error)) from error
+        raise _refuse(path, _reason(path, str(error))) from error
     if metadata.get(HASH_KEY, hash_arrays(arrays)) != hash_arrays(arrays):
         raise ValueError(
             f"tensors of {path} must have the hash that was written with them: got "
@@ -141,13 +146,17 @@ def _name_layers(path: Path, model: MLP, found: list[str]) -> Names:
 
 def _check_header_length(path: Path) -> None:
     """Refuse a header that is too long to be one, before anything reads it."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+    length = _header_bytes(path)
     if length > min(MAX_HEADER_BYTES, path.stat().st_size - 8):
         raise _refuse(path, f"header of {length} bytes in {path.stat().st_size}")
 
 
-def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _header_bytes(path: Path) -> int:
+    with path.open("rb") as file:
+        return int.from_bytes(file.read(8), "little")
+
+
+def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """Return metadata and tensors of a header that the package has accepted; each name once."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -155,13 +164,27 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         return dict(pairs)
 
     with path.open("rb") as file:
-        text = file.read(int.from_bytes(file.read(8), "little"))
+        text = file.read(8 + _header_bytes(path))[8:]
     header = json.loads(text, object_pairs_hook=once)
     metadata = header.pop("__metadata__", None) or {}
-    return metadata, {
-        name: Tensor(tuple(entry["shape"]), str(_DTYPES.get(entry["dtype"], entry["dtype"])))
-        for name, entry in header.items()
-    }
+    return metadata, header
+
+
+def _tensor(entry: dict[str, Any]) -> Tensor:
+    return Tensor(tuple(entry["shape"]), str(_DTYPES.get(entry["dtype"], entry["dtype"])))
+
+
+def _reason(path: Path, said: str) -> str:
+    """Return why the package refused a file: its words, and where the data end too soon."""
+    if _NOT_COVERED not in said:
+        return shown(said, most=200)
+    # The package checks this last: it has accepted the header.
+    header, data_bytes = _read_header(path)[1], path.stat().st_size - 8 - _header_bytes(path)
+    ends = sorted((entry["data_offsets"][1], name) for name, entry in header.items())
+    for end, name in ends:
+        if end > data_bytes:
+            return f"tensor {shown(name)} is cut off: {data_bytes} bytes of data, it ends at {end}"
+    return f"{data_bytes} bytes of data, which are more than its tensors have"
 
 
 def _refuse(path: Path, reason: str) -> ValueError:

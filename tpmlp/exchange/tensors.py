@@ -27,6 +27,17 @@ class Tensor(NamedTuple):
     dtype: str
 
 
+def shown(text: object, most: int = _SHOWN_CHARACTERS) -> str:
+    r"""Return what a file says for an error: cut to a sane length, control characters escaped.
+
+    Examples:
+        >>> shown("0.weight"), shown((4, 3)), shown("\x1b[31m" * 1000, most=4)
+        ("'0.weight'", "'(4, 3)'", "'\\x1b[31'...")
+    """
+    text = str(text)
+    return repr(text[:most]) + ("..." if len(text) > most else "")
+
+
 def listed(names: Sequence[str]) -> str:
     """Return names for an error, the first few, each cut to a sane length.
 
@@ -34,9 +45,9 @@ def listed(names: Sequence[str]) -> str:
         >>> listed(["0.weight", "0.bias"]), listed([])
         ("'0.weight', '0.bias'", 'none')
     """
-    shown = ", ".join(repr(name[:_SHOWN_CHARACTERS]) for name in names[:_SHOWN_NAMES])
+    first = ", ".join(map(shown, names[:_SHOWN_NAMES]))
     more = len(names) - _SHOWN_NAMES
-    return (shown or "none") + (f" and {more} more" if more > 0 else "")
+    return (first or "none") + (f" and {more} more" if more > 0 else "")
 
 
 def check_once(path: Path, names: Iterable[str]) -> None:
@@ -45,8 +56,7 @@ def check_once(path: Path, names: Iterable[str]) -> None:
     for name in names:
         if name in seen:
             raise ValueError(
-                f"tensor {name[:_SHOWN_CHARACTERS]!r} must be in {path} once: got it twice. Write "
-                "the file again."
+                f"tensor {shown(name)} must be in {path} once: got it twice. Write the file again."
             )
         seen.add(name)
 
@@ -97,8 +107,9 @@ def check_tensors(path: Path, model: MLP, found: Mapping[str, Tensor], names: Na
     for symbol, name, shape in _wanted(model, names):
         got = found[name]
         if got.shape != shape:
+            found_shape = got.shape if len(got.shape) < 4 else f"of {len(got.shape)} dims"
             raise ValueError(
-                f"tensor {name} ({symbol}) must have shape {shape}: got shape {got.shape} in "
+                f"tensor {name} ({symbol}) must have shape {shape}: got shape {found_shape} in "
                 f"{path}, widths={model.widths}. {_remedy(got.shape, shape)}"
             )
         _check_dtype(path, name, got.dtype)

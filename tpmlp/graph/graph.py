@@ -76,15 +76,15 @@ class Graph(Structure):
             for owner, arrays in self.arrays.items()
         }
 
-    def place(self, mesh: Mesh, strategy: Strategy | None = None) -> GraphPlacement:
+    def place(self, mesh: Mesh, strategy: Strategy | None = None) -> Any:
         """Return where the vertices live on a mesh under a strategy."""
         return place_graph(self, mesh, strategy)
 
-    def network(self, placement: GraphPlacement) -> GraphNetwork:
+    def network(self, placement: Any) -> Any:
         """Return what the engine runs."""
         return GraphNetwork(placement)
 
-    def shardings(self, placement: GraphPlacement) -> dict[str, dict[str, Any]]:
+    def shardings(self, placement: Any) -> Any:
         """Return the sharding of every parameter, in their structure."""
         return {
             owner: {

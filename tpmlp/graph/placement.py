@@ -63,7 +63,7 @@ class Node:
     """
 
     name: str
-    kind: Kind | Gather | Turn
+    kind: Any  # a Kind, GATHER or TURN: rules know which one they are for
     inputs: tuple[str, ...]
     owner: str
     axes: Mapping[str, str]
@@ -143,24 +143,28 @@ class GraphPlacement(OnMesh):
         output = self.output
         tokens = output.shape.tokens
         layout = "B/d C/g/s" if tokens is None else "B/d T C/g/s"
-        shardings = (
-            NamedSharding(self.mesh, partition_spec(text, self.mesh, self.head_axes))
-            for text in (layout, "B/d")
+        values = NamedSharding(self.mesh, partition_spec(layout, self.mesh, self.head_axes))
+        return OutputSpec(
+            width=output.width,
+            padded_width=output.padded_width,
+            tokens=tokens,
+            values=values,
+            samples=self.sharding("B/d", output.name),
         )
-        return OutputSpec(output.width, output.padded_width, tokens, *shardings)
 
     def _sample_spec(self, vertex: Vertex) -> SampleSpec:
         shape = self.graph.shapes[vertex.name]
         name = "x" if len(self.graph.sources) == 1 else f'x["{vertex.name}"]'
-        if shape.width is None:
-            layout, sizes, whole = "B/d", (shape.tokens,), (shape.tokens,)
-        elif shape.tokens is None:
-            layout, sizes, whole = "B/d F/s/g", (), ()
-        else:
-            layout, sizes, whole = "B/d T F/s/g", (shape.tokens,), (shape.tokens,)
-        if shape.width is not None:
-            sizes, whole = (*sizes, shape.width), (*whole, padded(shape.width, self.num_blocks))
-        return SampleSpec(name, sizes, whole, shape.vocabulary, self.sharding(layout, vertex.name))
+        tokens = () if shape.tokens is None else (shape.tokens,)
+        features = () if shape.width is None else (shape.width,)
+        layout = " ".join(["B/d", *("T" for _ in tokens), *("F/s/g" for _ in features)])
+        return SampleSpec(
+            name,
+            (*tokens, *features),
+            (*tokens, *(padded(width, self.num_blocks) for width in features)),
+            shape.vocabulary,
+            self.sharding("B/d" if shape.width is None else layout, vertex.name),
+        )
 
     def layout(self, owner: str, name: str, *, held: bool = True) -> str:
         """Return the layout of a parameter: as it is held, or as its vertex uses it."""

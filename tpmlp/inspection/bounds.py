@@ -7,6 +7,10 @@ at most gamma_n sum |a||b|, gamma_n = n u / (1 - n u). Operands that are rounded
 first, and what crosses devices in one, add a gamma of that type; a compiler may leave such a
 rounding out, so it is in the bound and not in the exact result.
 
+h_l and z_l are the forward pass's, sigma'(z_l) is the factor of g_l (tpmlp.trace). Where the
+backward pass makes h_l or z_l again, it repeats the same operations, and an error in these is one
+of dW_l or sigma'(z_l).
+
 The first operation outside its bound is where something other than rounding happened: all before it
 are right, and its inputs are. Each is compared device by device, padding included, which is 0.
 

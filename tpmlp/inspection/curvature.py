@@ -164,11 +164,12 @@ def _hessian_product(objective: Objective, params: Params, v: Params, batch: Bat
 
 def _gauss_newton_product(objective: Objective, params: Params, v: Params, batch: Batch) -> Params:
     def body(chain: Chain, *blocks: Any) -> Params:
-        return gauss_newton_product(*blocks, chain=chain, loss=objective.loss)
+        arguments = objective.kernel_arguments
+        return gauss_newton_product(*blocks, chain=chain, **arguments)
 
     run = objective.map(body, objective.param_specs, more_specs=(objective.param_specs,))
     product = run(params, batch, v)
-    if objective.regularizer is None:
+    if not isinstance(objective.regularizer, UserPenalty):
         return product
     _, of_penalty = jax.jvp(jax.grad(objective.penalty), (params,), (v,))
     return jax.tree.map(jnp.add, product, of_penalty)

@@ -17,12 +17,13 @@ import numpy as np
 from tpmlp.extras import require
 from tpmlp.table import text_table
 
-# A slope below this share of the layer's largest passes almost nothing back.
+# A slope of this share of the activation's largest, or less, passes almost nothing back.
 SATURATED = 0.01
 
 # A picture reaches two powers of ten below the layer with the smallest entries, but no more than
 # float32 does; bins are a quarter of one.
 DECADES_BELOW, MOST_DECADES, BINS_PER_DECADE = 2, 40, 4
+MOST_TICKS = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +40,8 @@ class LayerStatistics:
             vanish; far above: they explode.
         dead_units: units whose sigma'(z_l) is 0 for every sample, which learn nothing from this
             batch; None in the last layer, which has no sigma.
-        saturated: the share of entries with |sigma'(z_l)| below SATURATED of the layer's largest.
+        saturated: the share of entries with |sigma'(z_l)| at most SATURATED of the largest that
+            sigma' has anywhere (of an activation of yours: in any layer); None in the last layer.
         num_units: d_l.
     """
 
@@ -86,7 +88,12 @@ class Block(NamedTuple):
 
 
 def summarize_depth(
-    h: Sequence[Block], z: Sequence[Block], slope: Sequence[Block], g: Sequence[Block], dW: Any
+    h: Sequence[Block],
+    z: Sequence[Block],
+    slope: Sequence[Block],
+    g: Sequence[Block],
+    dW: Any,
+    largest_slope: float | None,
 ) -> DepthSummary:
     """Return the statistics of a trace.
 
@@ -96,12 +103,15 @@ def summarize_depth(
         slope: sigma'(z_1) .. sigma'(z_L).
         g: g_1 .. g_{L+1}.
         dW: dW_1 .. dW_{L+1}, whose padding is 0.
+        largest_slope: of the activation; None for the largest that is in `slope`.
     """
+    if largest_slope is None:
+        largest_slope = max((float(_largest(*block)) for block in slope), default=0.0)
     norms = {
         name: [_norm(*block) for block in blocks] for name, blocks in [("h", h), ("z", z), ("g", g)]
     }
-    found = jax.device_get((norms, [jnp.linalg.norm(w) for w in dW], [_slopes(*s) for s in slope]))
-    norms, dW_norms, slopes = found
+    slopes = [_slopes(*block, largest_slope) for block in slope]
+    norms, dW_norms, slopes = jax.device_get((norms, [jnp.linalg.norm(w) for w in dW], slopes))
     g_norms = [float(norm) for norm in norms["g"]]
     return DepthSummary(
         layers=tuple(
@@ -125,7 +135,7 @@ def plot_depth(quantities: dict[str, Sequence[Block]]) -> Any:
     """Return a matplotlib Figure: for each quantity, how large its entries are in each layer.
 
     A column is one layer, a row one size, the colour the share of the layer's entries that are
-    that large. The lowest row has everything smaller, zeros included.
+    that large. The lowest row has everything smaller, zeros included, and its tick says so.
 
     Args:
         quantities: what to draw, by label; the blocks of layer 1, 2, ...
@@ -141,10 +151,25 @@ def plot_depth(quantities: dict[str, Sequence[Block]]) -> Any:
         drawn = panel.pcolormesh(layers, edges, shares.T, vmin=0, cmap="magma")
         figure.colorbar(drawn, ax=panel, label="share of entries")
         panel.set_ylabel(f"$\\log_{{10}}$ |{label}|")
+        panel.set_yticks(*_size_ticks(edges))
     panels[-1].set_xlabel("layer $l$")
     panels[-1].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     panels[0].set_title("How large entries are, over depth")
     return figure
+
+
+def _size_ticks(edges: np.ndarray) -> tuple[list[float], list[str]]:
+    r"""Return ticks at whole powers of ten, few, and one in the lowest row: its upper edge or less.
+
+    Examples:
+        >>> _size_ticks(np.linspace(-3, 0, 13))
+        ([-2.875, 0.0, -1.0, -2.0], ['$\\leq -2.75$', '$0$', '$-1$', '$-2$'])
+    """
+    bottom, top = edges[0], edges[-1]
+    step = math.ceil((top - bottom) / MOST_TICKS)
+    powers = [float(power) for power in np.arange(top, bottom + step / 2, -step)]
+    labels = [f"$\\leq {edges[1]:g}$", *(f"${power:g}$" for power in powers)]
+    return [float(edges[:2].mean()), *powers], labels
 
 
 def size_shares(blocks: Sequence[Block]) -> tuple[np.ndarray, np.ndarray]:
@@ -174,12 +199,14 @@ def _norm(array: jax.Array, num_samples: int, width: int) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _slopes(array: jax.Array, num_samples: int, width: int) -> tuple[jax.Array, jax.Array]:
+def _slopes(
+    array: jax.Array, num_samples: int, width: int, largest: float
+) -> tuple[jax.Array, jax.Array]:
     """Return how many units are dead, and the share of entries that are saturated."""
     a = jnp.abs(_unpadded(array, num_samples, width, 0))
     padding = array.shape[1] - width
     dead = jnp.sum(jnp.max(a, axis=0) == 0) - padding
-    small = _unpadded(a < SATURATED * jnp.max(a), num_samples, width, False)
+    small = _unpadded(a <= SATURATED * largest, num_samples, width, False)
     return dead, jnp.sum(small, dtype=jnp.int32) / (num_samples * width)
 
 

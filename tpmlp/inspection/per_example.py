@@ -4,7 +4,7 @@ Each is of the sample's own loss: R is not in it, and it is not divided by the n
 tpmlp.kernels.per_example says how the norms come out of a step's own h_l and g_l.
 
 The formula holds for samples that are vectors, x [B, d_0]: with positions besides, a sample's dW_l
-is a sum of outer products, whose norm is no product of norms. Other ranks are refused.
+is a sum of outer products, whose norm is no product of norms. Tokens, [B, T, d_0], are refused.
 """
 
 from collections.abc import Callable
@@ -12,18 +12,21 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from tpmlp.batch import Batch, place_batch
-from tpmlp.checks import check_positive
+from tpmlp.checks import as_array, check_positive
 from tpmlp.kernels import per_example as kernel
+from tpmlp.kernels.as_written import as_written
 from tpmlp.kernels.backprop import Chain
 from tpmlp.model import MLP, Params
 from tpmlp.models import check_is_chain
 from tpmlp.objective import Objective, make_objective
 from tpmlp.parameters import check_params
 from tpmlp.strategy import Strategy
+from tpmlp.xla import unknown_zero
 
 
 class ClippedSum(NamedTuple):
@@ -86,7 +89,7 @@ def per_example_gradient_norms(
         Norms [B].
 
     Raises:
-        ValueError: loss is None; else as for a step of value_and_grad.
+        ValueError: x is of tokens; loss is None; else as for a step of value_and_grad.
 
     Examples:
         The gradient of w x + b by (w, b) is (x, 1).
@@ -146,7 +149,8 @@ def clipped_gradient_sum(
         ClippedSum(grads, norms, losses).
 
     Raises:
-        ValueError: loss is None; max_norm is not positive; else as for a step of value_and_grad.
+        ValueError: x is of tokens; loss is None; max_norm is not positive; else as for a step of
+            value_and_grad.
 
     Examples:
         >>> import numpy as np, tpmlp
@@ -204,7 +208,8 @@ def gradient_noise_scale(
         NoiseScale(noise_scale, covariance_trace, squared_norm).
 
     Raises:
-        ValueError: loss is None; x has one row; else as for a step of value_and_grad.
+        ValueError: x is of tokens; loss is None; x has one row; else as for a step of
+            value_and_grad.
 
     Examples:
         Gradients 1, 2 and 3: mean 2, variance 1, and 4 is 1/3 too much for |G|^2.
@@ -243,7 +248,20 @@ def _make_objective(model: MLP, loss: Any, mesh: Mesh, strategy: Strategy | None
 
 def _place(objective: Objective, params: Params, batch: Batch) -> tuple[Params, Batch]:
     params = check_params(objective.model, params, objective.placement)
+    _check_vectors(batch.x)
     return params, place_batch(objective.placement, objective.loss, batch)
+
+
+def _check_vectors(x: Any) -> None:
+    """Refuse tokens, [B, T, d_0], for what they are; other shapes are refused as by a step."""
+    shape = as_array("x", x).shape
+    if len(shape) > 2:
+        raise ValueError(
+            f"x must have one vector a sample, [B, d_0]: got x of shape {shape}. |dW|^2 = |g|^2 "
+            "|h|^2 holds for a vector, not for tokens, whose dW_l is a sum of g h^T over them. "
+            f"For each token's norm give x.reshape(-1, {shape[-1]}); for a sample's, take "
+            "global_norm of the gradient of its tokens alone."
+        )
 
 
 @lru_cache(maxsize=16)
@@ -272,10 +290,14 @@ def _noise_scale(objective: Objective) -> Callable[[Params, Batch], NoiseScale]:
     specs = kernel.Moments._make([PartitionSpec()] * 3)
     moments = objective.map(body, specs)
 
-    def estimate(params: Params, batch: Batch) -> NoiseScale:
-        B, m, q = moments(params, batch)
+    def estimated(B: jax.Array, squares: jax.Array, norm_of_sum: jax.Array) -> NoiseScale:
+        m, q = squares / B, jnp.square(norm_of_sum / B)
         covariance_trace = (m - q) * B / (B - 1)
         squared_norm = (B * q - m) / (B - 1)
         return NoiseScale(covariance_trace / squared_norm, covariance_trace, squared_norm)
+
+    def estimate(params: Params, batch: Batch) -> NoiseScale:
+        found = moments(params, batch)
+        return as_written(estimated, unknown_zero(found.num_samples))(*found)
 
     return jax.jit(estimate)

@@ -1,19 +1,18 @@
 """Trace: every layer's arrays of one forward and backward pass, still split over the devices."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from tpmlp.activations import Activation
 from tpmlp.batch import Batch, place_batch
 from tpmlp.inspection.depth import Block, DepthSummary, plot_depth, summarize_depth
-from tpmlp.kernels import backprop
 from tpmlp.kernels.backprop import Chain
-from tpmlp.kernels.execution import execution
 from tpmlp.model import MLP, Params
 from tpmlp.models import check_is_chain
 from tpmlp.objective import Objective, make_objective
@@ -21,6 +20,37 @@ from tpmlp.parameters import check_params
 from tpmlp.strategy import Strategy
 
 Name = Literal["h", "z", "sigma_prime", "g"]
+NAMES: tuple[Name, ...] = get_args(Name)
+
+
+@jax.tree_util.register_pytree_node_class
+class ByLayer(dict[int, jax.Array]):
+    """The arrays of one name by layer, 1-based; one that is not there is refused by name.
+
+    Attributes:
+        name: what the arrays are.
+    """
+
+    def __init__(self, name: Name, arrays: Iterable[jax.Array]) -> None:
+        super().__init__(enumerate(arrays, 1))
+        self.name: Name = name
+
+    def __missing__(self, l: object) -> jax.Array:
+        there = f"in 1 .. {len(self)}" if self else "of a hidden layer, of which the model has none"
+        meant = "sigma'(z_l) is of hidden layers alone; " if self.name == "sigma_prime" else ""
+        raise ValueError(
+            f"l must be {there}: got name={self.name!r}, l={l!r}. Layers count from 1: {meant}h[1] "
+            "is x, the last z the outputs."
+        )
+
+    def tree_flatten(self) -> tuple[tuple[jax.Array, ...], Name]:
+        """Return the arrays, first layer first, and the name."""
+        return tuple(self.values()), self.name
+
+    @classmethod
+    def tree_unflatten(cls, name: Name, arrays: Iterable[jax.Array]) -> "ByLayer":
+        """Return what `tree_flatten` took apart."""
+        return cls(name, arrays)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -37,16 +67,18 @@ class Trace:
         g: derivative of the data loss by z_l, [B, d_l], l = 1 .. L+1.
         grads: ((dW_1, db_1), ...), R included where it is elementwise.
         loss: the data loss, a scalar.
+        activation: sigma and sigma'.
         widths: logical widths.
         num_samples: logical number of samples.
     """
 
-    h: Mapping[int, jax.Array]
-    z: Mapping[int, jax.Array]
-    sigma_prime: Mapping[int, jax.Array]
-    g: Mapping[int, jax.Array]
+    h: ByLayer
+    z: ByLayer
+    sigma_prime: ByLayer
+    g: ByLayer
     grads: Params
     loss: jax.Array
+    activation: Activation
     widths: tuple[int, ...]
     num_samples: int
 
@@ -75,6 +107,7 @@ class Trace:
             self._blocks("sigma_prime"),
             self._blocks("g"),
             [dW for dW, _ in self.grads],
+            self.activation.largest_slope,
         )
 
     def plot(self) -> Any:
@@ -101,14 +134,14 @@ class Trace:
         Raises:
             ValueError: no such array.
         """
-        arrays = getattr(self, name, None) if name in ("h", "z", "sigma_prime", "g") else None
-        if arrays is None or l not in arrays:
+        if name not in NAMES:
             raise ValueError(
-                f"name and l must be one of h, z, g with 1 .. {len(self.z)} or sigma_prime with "
-                f"1 .. {len(self.sigma_prime)}: got name={name!r}, l={l!r}."
+                f"name must be one of {NAMES}: got name={name!r}, l={l!r}. Gradients by the "
+                "parameters are in trace.grads."
             )
+        array: jax.Array = getattr(self, name)[l]
         width = self.widths[l - 1 if name == "h" else l]
-        return np.asarray(arrays[l])[: self.num_samples, :width]
+        return np.asarray(array)[: self.num_samples, :width]
 
     def _blocks(self, name: Name) -> list[Block]:
         widths = self.widths[:-1] if name == "h" else self.widths[1:]
@@ -141,7 +174,10 @@ def trace(
 ) -> Trace:
     """Run one forward and backward pass and return what every layer held.
 
-    The program is the training step's own, with more outputs; microbatches run as one.
+    The program is the training step's own, with more outputs; microbatches run as one. Each array
+    is the one that the step went on with: h_l and z_l the forward pass's, sigma'(z_l) the factor of
+    g_l. What the backward pass computes once more is not shown: h_l where keep is not "gathered",
+    z_l of the layers that keep="recompute" leaves out. A fault there is one of dW_l or sigma'(z_l).
 
     Args:
         model: the MLP.
@@ -177,12 +213,13 @@ def trace(
     batch = place_batch(objective.placement, objective.loss, Batch(x, y, weight))
     rows = _traced(objective)(params, batch)
     return Trace(
-        h=dict(enumerate([batch.x, *rows.h], 1)),
-        z=dict(enumerate(rows.z, 1)),
-        sigma_prime=dict(enumerate(rows.sigma_prime, 1)),
-        g=dict(enumerate(rows.g, 1)),
+        h=ByLayer("h", [batch.x, *rows.h]),
+        z=ByLayer("z", rows.z),
+        sigma_prime=ByLayer("sigma_prime", rows.sigma_prime),
+        g=ByLayer("g", rows.g),
         grads=rows.grads,
         loss=rows.loss,
+        activation=model.sigma,
         widths=model.widths,
         num_samples=np.shape(x)[0],
     )
@@ -192,14 +229,12 @@ def trace(
 def _traced(objective: Objective) -> Any:
     def body(chain: Chain, layers: Any, *samples: Any) -> _Rows:
         result = objective.run(chain, layers, *samples)
-        all_z, all_g = result.arrays
-        run = execution(chain.placement, layers[0][0].dtype)
-        hidden = list(enumerate(all_z[:-1], 1))
+        seen = result.arrays
         return _Rows(
-            h=[backprop.layer_input(z, l + 1, run, chain).T for l, z in hidden],
-            z=[z.T for z in all_z],
-            sigma_prime=[backprop.sigma_prime(z.astype(run.total), l, chain).T for l, z in hidden],
-            g=[g.T for g in all_g],
+            h=[h.T for h in seen.h[1:]],
+            z=[z.T for z in seen.z],
+            sigma_prime=[slope.T for slope in seen.sigma_prime],
+            g=[g.T for g in seen.g],
             grads=result.grads,
             loss=result.value.loss,
         )

@@ -1,10 +1,10 @@
 """Arithmetic as it is written: a function whose operations no compiler pass may join or rewrite.
 
 XLA simplifies what it sees: a / b / c becomes a / (b c), a division by a number a product with its
-inverse; and LLVM makes one operation with one rounding of a product and a sum. Each is as good as
-the other but rounds otherwise, and which rules apply depends on the program around. So the bits of
-each result here are taken through an exclusive or with a 0 that is known only when the program
-runs, and no rule sees more than one operation.
+inverse; and LLVM makes one operation with one rounding of a product and a sum, a dot of one term
+among the products. Each is as good as the other but rounds otherwise, and which rules apply depends
+on the program around. So the bits of each result here are taken through an exclusive or with a 0
+that is known only when the program runs, and no rule sees more than one operation.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,6 @@ _MOVES = frozenset(
     {
         "concatenate",
         "copy",
-        "dot_general",
         "dynamic_slice",
         "reshape",
         "select_n",
@@ -70,7 +69,7 @@ def _run(
         else:
             results = _operation(eqn, operands)
             if eqn.primitive.name not in _MOVES:
-                results = [_kept(result, zero) for result in results]
+                results = [sealed(result, zero) for result in results]
         values.update(zip(eqn.outvars, results, strict=True))
     return list(map(read, jaxpr.outvars))
 
@@ -88,8 +87,18 @@ def _operation(eqn: JaxprEqn, operands: list[Any]) -> list[Any]:
     return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*values.values())
 
 
-def _kept(result: jax.Array, zero: jax.Array) -> jax.Array:
-    return xla.hidden(result, zero) if _is_float(result) else result
+def sealed(result: jax.Array, zero: jax.Array) -> jax.Array:
+    """Hide floats; not those of constants alone, which differ over fewer mesh axes than the zero.
+
+    Their bits are the same in every program, and as JAX traced the function they must not differ.
+    """
+    computed = differs_over(jax.typeof(zero)) <= differs_over(jax.typeof(result))
+    return xla.hidden(result, zero) if _is_float(result) and computed else result
+
+
+def differs_over(type_: Any) -> frozenset[str]:
+    """Return the mesh axes that an array of a type differs over; none outside a shard_map."""
+    return type_.manual_axis_type.varying if type_.manual_axis_type else frozenset()
 
 
 def _is_float(array: Any) -> bool:

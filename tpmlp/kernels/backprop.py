@@ -52,12 +52,13 @@ class Chain(NamedTuple):
         return False
 
     def forward(self, layers: Layers, x: jax.Array, share: jax.Array | None) -> Passed:
-        """Run `forward`, and `backward` when asked to; the arrays of a trace are (z, g)."""
+        """Run `forward`, and `backward` when asked to."""
         passed = forward(layers, x, self)
 
         def back(g: jax.Array, reduce: bool) -> Finished:
             result = backward(layers, x, keep(passed, self), g, self, reduce=reduce)
-            return Finished(result.grads, (passed.z, result.g))
+            arrays = Arrays(passed.h, passed.z, result.sigma_prime, result.g)
+            return Finished(result.grads, arrays)
 
         return Passed(passed.z[-1], None, back)
 
@@ -109,17 +110,35 @@ class Chain(NamedTuple):
         return self
 
 
+class Arrays(NamedTuple):
+    """What a trace shows of both passes.
+
+    Attributes:
+        h: h_1 .. h_{L+1} of the forward pass, each "I/s/g B/d".
+        z: z_1 .. z_{L+1} of the forward pass, each "O/g/s B/d".
+        sigma_prime: sigma'(z_1) .. sigma'(z_L) of the backward pass, each "O/g/s B/d".
+        g: g_1 .. g_{L+1}, each "O/g/s B/d", gradients of the data loss.
+    """
+
+    h: Any
+    z: Any
+    sigma_prime: Any
+    g: Any
+
+
 class Forward(NamedTuple):
     """What the forward pass gives.
 
     Attributes:
         z: z_1 .. z_{L+1}, each "O/g/s B/d", the last in the parameters' type, the others in the
             compute type. What `keep` drops and nothing else reads is freed.
-        h: h_1 .. h_{L+1}, gathered: "I/s B/d", or in the blocks of a ring.
+        h: h_1 .. h_{L+1}, each "I/s/g B/d" in the compute type; free when not used.
+        gathered: the same, gathered: "I/s B/d", or in the blocks of a ring.
     """
 
     z: list[jax.Array]
-    h: list[Any]
+    h: list[jax.Array]
+    gathered: list[Any]
 
 
 class Kept(NamedTuple):
@@ -141,11 +160,14 @@ class Backward(NamedTuple):
         grads: ((dW_1, db_1 or None), ...), laid out as the parameters; summed over this device's
             part of the batch alone if they are not reduced.
         g: g_1 .. g_{L+1}, each "O/g/s B/d".
+        sigma_prime: sigma'(z_1) .. sigma'(z_L), the factors of g_1 .. g_L, 0 on padding rows; free
+            when not used.
         dx: d loss / d x, "I/s/g B/d"; free when not used.
     """
 
     grads: Layers
     g: list[jax.Array]
+    sigma_prime: list[jax.Array]
     dx: jax.Array
 
 
@@ -164,7 +186,7 @@ def keep(passed: Forward, chain: Chain) -> Kept:
     # An input that is not gathered is rebuilt from z for nothing.
     gathers = [chain.placement.sizes[axes["g"]] > 1 for axes in chain.placement.axes]
     keeps = [strategy.keep == "gathered" and gathers_l for gathers_l in gathers]
-    return Kept(z, [h if kept else None for h, kept in zip(passed.h, keeps, strict=True)])
+    return Kept(z, [h if kept else None for h, kept in zip(passed.gathered, keeps, strict=True)])
 
 
 def is_kept(l: int, num_layers: int, strategy: Strategy) -> bool:
@@ -198,7 +220,7 @@ def backward(
     """
     run, layer = execution(chain.placement, layers[0][0].dtype), layer_functions(chain)
     g = g.astype(run.total)
-    z, grads, all_g, dh, done = list(kept.z), [], [g], None, ()
+    z, grads, all_g, slopes, dh, done = list(kept.z), [], [g], [], None, ()
     for l in range(len(layers), 0, -1):
         axes = chain.placement.axes[l - 1]
         if l > 1 and z[l - 2] is None:
@@ -218,12 +240,13 @@ def backward(
         done = (dW, db)
         grads.append(reduced(dW, db, run, chain, axes) if reduce else (dW, db))
         if l > 1:
-            g = through_sigma(dh, before, l - 1, run, chain)
+            g, slope = gradient_and_slope(dh, before, l - 1, run, chain)
             # This layer's gradient first: it frees the two gathered arrays.
             g = after(g, grads[-1][0])
             all_g.append(g)
+            slopes.append(slope)
     assert dh is not None
-    return Backward(tuple(reversed(grads)), all_g[::-1], dh)
+    return Backward(tuple(reversed(grads)), all_g[::-1], slopes[::-1], dh)
 
 
 def reduce_gradients(grads: Layers, chain: Chain) -> Layers:
@@ -241,20 +264,32 @@ def sigma(z: jax.Array, layer: int, chain: Chain) -> jax.Array:
     return h if chain.activation.fixes_zero else _mask(h, layer, chain)
 
 
-def sigma_prime(z: jax.Array, layer: int, chain: Chain) -> jax.Array:
-    """Compute sigma'(z_l), 0 on padding rows, where a user's derivative need not be finite."""
-    return _mask(elementwise(chain.activation.sigma_prime, z, chain=chain), layer, chain)
-
-
 def through_sigma(
     dh: jax.Array, z: jax.Array, layer: int, run: Execution, chain: Chain
 ) -> jax.Array:
     """Compute g_l = dh * sigma'(z_l), 0 on padding rows."""
+    return gradient_and_slope(dh, z, layer, run, chain)[0]
+
+
+def gradient_and_slope(
+    dh: jax.Array, z: jax.Array, layer: int, run: Execution, chain: Chain
+) -> tuple[jax.Array, jax.Array]:
+    """Compute g_l = dh * sigma'(z_l) and the sigma'(z_l) that is in it.
+
+    Both are 0 on padding rows, where a user's derivative need not be finite.
+    """
+    z = z.astype(run.total)
+
+    def slope_of(z: jax.Array) -> jax.Array:
+        return chain.activation.sigma_prime(z)
 
     def g_of(dh: jax.Array, z: jax.Array) -> jax.Array:
-        return dh * chain.activation.sigma_prime(z)
+        return dh * slope_of(z)
 
-    return _mask(elementwise(g_of, dh, z.astype(run.total), chain=chain), layer, chain)
+    # XLA joins the two. In a loop over blocks they are two loops, whose bits are the same: one
+    # loop with two results would be another program where the second is not used.
+    g, slope = elementwise(g_of, dh, z, chain=chain), elementwise(slope_of, z, chain=chain)
+    return _mask(g, layer, chain), _mask(slope, layer, chain)
 
 
 def elementwise(function: Callable[..., jax.Array], *arrays: jax.Array, chain: Chain) -> jax.Array:
@@ -268,16 +303,17 @@ def _forward(
     layers: Layers, before: jax.Array, first: int, last: int, run: Execution, chain: Chain
 ) -> Forward:
     """Run layers first .. last; `before` is z_{first - 1}, or x where first is 1."""
-    layer, z, gathered = layer_functions(chain), [], []
+    layer, passed = layer_functions(chain), Forward([], [], [])
     for l in range(first, last + 1):
         axes, (W, b) = chain.placement.axes[l - 1], layers[l - 1]
         h = layer_input(before, l, run, chain)
-        gathered.append(layer.gather_input(h, run, **axes))
+        h_all = layer.gather_input(h, run, **axes)
         W_l, b_l = whole_weight(W, h, run, axes), _bias(b, h, run, axes)
-        z_l = layer.forward(W_l, b_l, gathered[-1], run, **axes)
-        before = run.to_compute(z_l) if l < len(layers) else z_l.astype(W.dtype)
-        z.append(before)
-    return Forward(z, gathered)
+        z = layer.forward(W_l, b_l, h_all, run, **axes)
+        before = run.to_compute(z) if l < len(layers) else z.astype(W.dtype)
+        for arrays, array in zip(passed, (before, h, h_all), strict=True):
+            arrays.append(array)
+    return passed
 
 
 def layer_input(before: jax.Array, l: int, run: Execution, chain: Chain) -> jax.Array:

@@ -24,7 +24,7 @@ from jax import lax
 
 from tpmlp import xla
 from tpmlp.collectives import einsum
-from tpmlp.kernels.as_written import as_written
+from tpmlp.kernels.as_written import as_written, differs_over, sealed
 from tpmlp.kernels.cost import NUM_BLOCKS
 from tpmlp.layout import parse_signature
 
@@ -100,6 +100,9 @@ def run_blocks(
             cut.take(repeated, k).reshape(array.shape) if whole.is_whole else cut.take(repeated, k)
             for (repeated, cut), array, whole in zip(pairs, arrays, cuts, strict=True)
         )
+        if num_blocks == 1:
+            # What is computed from these alone XLA takes out of the loop, and joins to others.
+            blocks = [sealed(block, zero) for block in blocks]
         return as_written(function, zero)(*blocks)
 
     def step(k: jax.Array, wholes: list[jax.Array]) -> list[jax.Array]:
@@ -119,12 +122,7 @@ def run_blocks(
 def _most_equal(arrays: Sequence[jax.Array]) -> jax.Array:
     """Return the array of floats that differs over the fewest mesh axes."""
     floats = [array for array in arrays if jnp.issubdtype(array.dtype, jnp.floating)]
-    return min(floats, key=lambda array: len(_differs_over(jax.typeof(array))))
-
-
-def _differs_over(type_: Any) -> frozenset[str]:
-    """Return the mesh axes that an array of a type differs over; none outside a shard_map."""
-    return type_.manual_axis_type.varying if type_.manual_axis_type else frozenset()
+    return min(floats, key=lambda array: len(differs_over(jax.typeof(array))))
 
 
 def _repeated(array: jax.Array, cut: Cut, num_blocks: int) -> tuple[jax.Array, Cut]:
@@ -211,6 +209,6 @@ def _product(
 
 def _blank(shape: Sequence[int], block: Any) -> jax.Array:
     """Return zeros that differ over the mesh axes that a block differs over."""
-    axes = tuple(sorted(_differs_over(block)))
+    axes = tuple(sorted(differs_over(block)))
     zeros = jnp.zeros(shape, block.dtype)
     return lax.pcast(zeros, axes, to="varying") if axes else zeros

@@ -11,6 +11,7 @@ References: Schraudolph 2002, Fast curvature matrix-vector products for second-o
 descent, Neural Computation 14.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,12 +20,21 @@ from tpmlp.kernels import backprop
 from tpmlp.kernels.backprop import Chain, Layers
 from tpmlp.kernels.objective import Samples, sum_parts, terms_of
 from tpmlp.losses import Loss
+from tpmlp.regularizers import ElementwisePenalty
 
 
 def gauss_newton_product(
-    layers: Layers, x: jax.Array, y: Any, weight: jax.Array, v: Layers, *, chain: Chain, loss: Loss
+    layers: Layers,
+    x: jax.Array,
+    y: Any,
+    weight: jax.Array,
+    v: Layers,
+    *,
+    chain: Chain,
+    loss: Loss,
+    penalty: ElementwisePenalty | None,
 ) -> Layers:
-    """Compute J^T H J v for the data loss.
+    """Compute J^T H J v for the data loss, and add the product with the Hessian of R.
 
     Gathered inputs are not kept, whatever the strategy says: they would be both h and dh.
 
@@ -40,9 +50,10 @@ def gauss_newton_product(
         v: laid out as the layers.
         chain: placement and activation.
         loss: the loss.
+        penalty: an elementwise R.
 
     Returns:
-        J^T H J v, laid out as the layers.
+        J^T H J v + H_R v, laid out as the layers.
     """
     terms = terms_of(chain)
     total = terms.total_weight(weight, chain)
@@ -64,4 +75,10 @@ def gauss_newton_product(
         return sums, backprop.backward(layers, x, kept, dg, chain, reduce=reduce).grads
 
     _, product = sum_parts(one_pass, layers, Samples(x, y, weight), chain)
-    return jax.tree.map(lambda product, w: product.astype(w.dtype), product, layers)
+    product = jax.tree.map(lambda product, w: product.astype(w.dtype), product, layers)
+    if penalty is None:
+        return product
+    # Along v the gradient changes by H_R v. To differentiate R itself JAX would have to run the
+    # loops of its sum backwards under reduction="invariant", which it cannot.
+    add_penalty = partial(terms.add_penalty, network=chain, penalty=penalty)
+    return jax.jvp(add_penalty, (layers, product), (v, product))[1]

@@ -6,8 +6,9 @@
 One sample's dW_l is the outer product of two vectors, so its norm is the product of theirs, and no
 gradient of one sample is ever formed. Both vectors are split d/M: each device sums the squares of
 its features, and one all-reduce over the tensor axes adds the sums of all layers, 2 (L+1) words a
-sample. g is linear in g_{L+1}, so clipping scales the g_l that are there already, and only the
-products g h^T come after the norms: neither the forward pass nor the recursion runs again.
+sample; under reduction="invariant" they are added in trees, each in a gather of its own. g is
+linear in g_{L+1}, so clipping scales the g_l that are there already, and only the products g h^T
+come after the norms: neither the forward pass nor the recursion runs again.
 
 References: Goodfellow 2015, Efficient per-example gradient computations; Bu et al. 2023,
 Differentially private optimization on large model at small cost (book-keeping).
@@ -19,7 +20,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tpmlp.collectives import all_reduce, einsum
 from tpmlp.kernels import backprop, objective
 from tpmlp.kernels.backprop import Chain, Forward, Kept, Layers
 from tpmlp.kernels.execution import execution
@@ -42,17 +42,17 @@ class Clipped(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Two squared norms of the gradients of one batch, scalars equal on all devices.
+    """Sums over the gradients of one batch, scalars equal on all devices.
 
     Attributes:
         num_samples: B, padding not counted.
-        of_samples: sum_i |grad_i|^2 / B.
-        of_mean: |sum_i grad_i / B|^2.
+        squares: sum_i |grad_i|^2.
+        norm_of_sum: |sum_i grad_i|.
     """
 
     num_samples: jax.Array
-    of_samples: jax.Array
-    of_mean: jax.Array
+    squares: jax.Array
+    norm_of_sum: jax.Array
 
 
 class _Recursion(NamedTuple):
@@ -127,12 +127,12 @@ def moments(
     layers: Layers, x: jax.Array, y: Any, weight: jax.Array, *, chain: Chain, loss: Loss
 ) -> Moments:
     """Compute what the gradient noise scale is estimated from; arguments as in `norms`."""
-    axes, unclipped = chain.placement.axes[-1], jnp.asarray(jnp.inf, layers[0][0].dtype)
+    unclipped = jnp.asarray(jnp.inf, layers[0][0].dtype)
     run = clipped_sum(layers, x, y, weight, unclipped, chain=chain, loss=loss)
     terms = jnp.stack([(weight != 0).astype(run.norms.dtype), jnp.square(run.norms)])
-    B, squares = all_reduce("K +d -> K", einsum("K B/d -> K +d", terms, **axes), **axes)
-    of_sum = jnp.square(objective.terms_of(chain).global_norm(run.grads, chain)).astype(B.dtype)
-    return Moments(B, squares / B, of_sum / jnp.square(B))
+    B, squares = objective.terms_of(chain).over_samples(terms, chain)
+    norm = objective.terms_of(chain).global_norm(run.grads, chain).astype(B.dtype)
+    return Moments(B, squares, norm)
 
 
 def _parts(chain: Chain, *arrays: Any) -> Any:
@@ -155,19 +155,13 @@ def _recursion(
 def _norms(
     layers: Layers, x: jax.Array, passed: Forward, g: list[jax.Array], chain: Chain
 ) -> jax.Array:
-    """Return sqrt(sum_l |g_l|^2 (|h_l|^2 + 1)), "B/d"; without the 1 where there are no biases."""
     run = execution(chain.placement, layers[0][0].dtype)
-    h_terms, g_terms = [], []
-    for l, (before, g_l) in enumerate(zip((x, *passed.z[:-1]), g, strict=True), 1):
-        axes = chain.placement.axes[l - 1]
-        h = backprop.layer_input(before, l, run, chain).astype(run.total)
-        h_terms.append(einsum("I/s/g B/d -> B/d +g+s", jnp.square(h), **axes))
-        g_terms.append(einsum("O/g/s B/d -> B/d +g+s", jnp.square(g_l), **axes))
-    terms = jnp.stack([*h_terms, *g_terms])
-    squares = all_reduce("K B/d +g+s -> K B/d", terms, **chain.placement.axes[-1])
-    h_squared, g_squared = jnp.split(squares, 2)
-    biases = 0 if layers[0][1] is None else 1
-    return jnp.sqrt(jnp.sum(g_squared * (h_squared + biases), axis=0))
+    h = [
+        backprop.layer_input(before, l, run, chain).astype(run.total)
+        for l, before in enumerate((x, *passed.z[:-1]), 1)
+    ]
+    biases = layers[0][1] is not None
+    return objective.terms_of(chain).sample_norms(h, g, chain, biases=biases)
 
 
 def _output_gradients(

@@ -6,6 +6,7 @@
 tpmlp.kernels.invariant_terms has the same functions, in an order of sums that no mesh changes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -140,6 +141,37 @@ def global_norm(params: Params, network: Network) -> jax.Array:
     blocks = jax.tree.leaves(params)
     squares = jnp.stack([jnp.sum(jnp.square(block.astype(dtype))) for block in blocks])
     return jnp.sqrt(all_reduce(partial, jnp.sum(squares), **network.head.axes))
+
+
+def over_samples(values: jax.Array, network: Network) -> jax.Array:
+    """Sum "K B/d" over all samples, "K"."""
+    axes = network.head.axes
+    return all_reduce("K +d -> K", einsum("K B/d -> K +d", values, **axes), **axes)
+
+
+def sample_norms(
+    h: Sequence[jax.Array], g: Sequence[jax.Array], network: Any, *, biases: bool
+) -> jax.Array:
+    """Return sqrt(sum_l |g_l|^2 (|h_l|^2 + 1)), "B/d"; without the 1 where there are no biases.
+
+    Args:
+        h: h_1 .. h_{L+1}, each "I/s/g B/d".
+        g: g_1 .. g_{L+1}, each "O/g/s B/d".
+        network: a chain of layers.
+        biases: whether the layers have biases.
+    """
+    h_terms, g_terms = [], []
+    for h_l, g_l, axes in zip(h, g, network.placement.axes, strict=True):
+        h_terms.append(einsum("I/s/g B/d -> B/d +g+s", jnp.square(h_l), **axes))
+        g_terms.append(einsum("O/g/s B/d -> B/d +g+s", jnp.square(g_l), **axes))
+    terms = jnp.stack([*h_terms, *g_terms])
+    squares = all_reduce("K B/d +g+s -> K B/d", terms, **network.head.axes)
+    return norms_of_squares(*jnp.split(squares, 2), biases=biases)
+
+
+def norms_of_squares(h_squared: jax.Array, g_squared: jax.Array, *, biases: bool) -> jax.Array:
+    """Return the norm of each sample's gradient from |h_l|^2 and |g_l|^2, "K B/d"."""
+    return jnp.sqrt(jnp.sum(g_squared * (h_squared + int(biases)), axis=0))
 
 
 def norm_dtype(params: Params) -> Any:
