@@ -148,7 +148,7 @@ def everything(objective: Objective) -> Callable[[Any, Batch], Pass]:
     z = [placement.spec("O/g/s B/d", l) for l in layers]
     scalar = PartitionSpec()
     # The results' own tuples, with a PartitionSpec in the place of each array.
-    value = Value(scalar, scalar, scalar)
+    value = Value._make([scalar, scalar, scalar, None])
     arrays = Arrays(h=None, z=z, sigma_prime=None, g=z)
     specs = Pass._make([value, objective.param_specs, arrays])
 

@@ -54,8 +54,8 @@ class Objective:
         regularizer: R, or None.
     """
 
-    model: Model
-    network: Network
+    model: Any
+    network: Any
     loss: Loss
     regularizer: Regularizer | None
 

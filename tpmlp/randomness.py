@@ -16,7 +16,7 @@ def check_dropout_key(model: Model, key: Any) -> tuple[jax.Array, ...]:
     Raises:
         ValueError: key is missing, or is none of jax.random.
     """
-    dropped = model.dropouts if isinstance(model, Graph) else ()
+    dropped = list(model.dropouts) if isinstance(model, Graph) else []
     if key is None and not dropped:
         return ()
     if key is None:

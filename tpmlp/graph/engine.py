@@ -105,11 +105,11 @@ def kept_names(placement: GraphPlacement) -> frozenset[str]:
     return frozenset(name for name in needed if not is_rebuilt(nodes[name], placement))
 
 
-def kept_specs(placement: GraphPlacement) -> Kept:
+def kept_specs(placement: GraphPlacement) -> Any:
     """Return the PartitionSpecs of what a forward pass keeps."""
     nodes, names, residues = placement.nodes, kept_names(placement), {}
     stays, leaves = _segments(placement)
-    values = {
+    values: dict[str, Any] = {
         name: placement.sharding(placement.result_layout(name), name).spec
         for name in nodes
         if name in (names | leaves) & stays and not isinstance(nodes[name].kind, Source)
@@ -196,9 +196,11 @@ class _Walk:
         self.parts: dict[str, list[jax.Array]] = {}
         self.rebuilt: Arrays = {}
         self.g: Arrays = {}
-        self.later: list[tuple[Node, Callable[[jax.Array], Arrays]]] = []
+        self.later: list[tuple[Node, jax.Array, Callable[[jax.Array], Arrays]]] = []
         self.grads: dict[str, Arrays] = {owner: {} for owner in params}
         self.done: list[jax.Array] = []
+        self.summed: list[jax.Array] = []
+        self.trained = _trained(placement)
         users = Counter(node.owner for node in placement.program)
         self.uses = {(owner, name): users[owner] for owner, mine in params.items() for name in mine}
 
@@ -222,9 +224,10 @@ class _Walk:
             return  # of ids
         g = sum(parts[1:], parts[0])
         if node.kind is not GATHER:
-            for dw in self.done:
+            for dw in self.summed:
                 # It frees what was gathered for it.
                 g = after(g, dw)
+            self.summed = self.summed[-1:]
             self.g[node.name] = g
         if isinstance(node.kind, Source):
             return
@@ -238,17 +241,22 @@ class _Walk:
                 self.parts.setdefault(name, []).append(part)
         self.add(node, result.params)
         if result.later is not None:
-            self.later.append((node, result.later))
-        self.flush(node, result.inputs[0])
+            self.later.append((node, g, result.later))
+        self.catch_up(node, result.inputs[0])
 
-    def flush(self, node: Node, ready: jax.Array | None) -> None:
-        """Compute the gradients that waited for the one which goes back from their gather."""
-        waiting = [(of, later) for of, later in self.later if node.kind is GATHER or of is node]
-        for of, later in waiting:
-            source = self.placement.nodes[of.inputs[0]]
-            if source.kind is not GATHER or source is node:
-                self.later.remove((of, later))
-                self.add(of, later(ready))
+    def catch_up(self, node: Node, ready: jax.Array | None) -> None:
+        """Compute the gradients that waited for the one which goes back to where their input is.
+
+        Nobody may want that one, and to wait for it would be to want it.
+        """
+        nodes, waiting = self.placement.nodes, self.later
+        self.later = []
+        for of, g, later in waiting:
+            source = nodes[of.inputs[0]]
+            if node is not (source if source.kind is GATHER else of):
+                self.later.append((of, g, later))
+                continue
+            self.add(of, later(ready if node.inputs[0] in self.trained else g))
 
     def add(self, node: Node, params: Arrays) -> None:
         """Add to the gradients of parameters, and sum those over data that are complete."""
@@ -259,8 +267,14 @@ class _Walk:
             if not self.uses[node.owner, name]:
                 self.done.append(mine[name])
                 if self.reduce:
-                    run = self.given.run
-                    mine[name] = _reduced(self.placement, node.owner, name, mine[name], run)
+                    mine[name] = self.reduced(node.owner, name, mine[name])
+                self.summed.append(mine[name])
+
+    def reduced(self, owner: str, name: str, dw: jax.Array) -> jax.Array:
+        """Sum a gradient over data once the one before is; XLA would join them, and keep all."""
+        if self.given.sizes["data"] > 1 and self.summed:
+            dw, _ = hold((dw, self.summed[-1]))
+        return _reduced(self.placement, owner, name, dw, self.given.run)
 
     def reader(self, node: Node, g: jax.Array) -> Callable[..., jax.Array]:
         """Return the function by which a rule reads the inputs of its node."""
@@ -309,6 +323,15 @@ class _Walk:
         kept = kept_names(self.placement)
         self.values |= {name: values[name] for name in inside & kept}
         self.residues |= residues
+
+
+def _trained(placement: GraphPlacement) -> set[str]:
+    """Return the nodes whose gradient some parameter needs."""
+    trained: set[str] = set()
+    for node in placement.program:
+        if node.owner in placement.graph.arrays or trained.intersection(node.inputs):
+            trained.add(node.name)
+    return trained
 
 
 def _compute(

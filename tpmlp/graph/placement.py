@@ -18,7 +18,7 @@ from typing import Any
 
 from jax.sharding import Mesh, NamedSharding
 
-from tpmlp.graph.kinds import Attention, Dense, Embedding, Kind, Source
+from tpmlp.graph.kinds import Attention, Dense, Embedding, Source
 from tpmlp.graph.shape import Shape
 from tpmlp.graph.structure import Structure
 from tpmlp.graph.vertex import Vertex
@@ -309,7 +309,7 @@ class _Lowering:
             inputs = [self.gathered(name, axes, vertex) for name in inputs]
         self.add(vertex.name, vertex.kind, inputs, owner, axes, vertex)
         flips = isinstance(vertex.kind, Dense) and not self.free
-        self.oriented[vertex.name] = wanted[::-1] if flips else wanted
+        self.oriented[vertex.name] = (axes["g"], axes["s"]) if flips else wanted
         self.owned.setdefault(owner, axes)
 
     def axes(self, vertex: Vertex, owner: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tpmlp.placement import Placement
+from tpmlp.placement import OnMesh
 from tpmlp.xla import axis_size, rounded
 
 
@@ -48,7 +48,7 @@ class Execution(NamedTuple):
         return self.reduce if axis_size(axis) > 1 else self.total
 
 
-def execution(placement: Placement, param_dtype: Any) -> Execution:
+def execution(placement: OnMesh, param_dtype: Any) -> Execution:
     """Return the choices that a strategy means for parameters of a dtype."""
     strategy = placement.strategy
     compute = jnp.dtype(strategy.compute_dtype or param_dtype)

@@ -59,7 +59,7 @@ class Network(Protocol):
         """Whether the model itself adds to the objective."""
         ...
 
-    def forward(self, params: Params, x: Any, share: jax.Array | None) -> Passed:
+    def forward(self, params: Params, x: Any, share: jax.Array | None, /) -> Passed:
         """Run forward; `share` "B/d" is what each sample counts in the objective."""
         ...
 
@@ -68,19 +68,19 @@ class Network(Protocol):
         """PartitionSpecs of what `outputs` keeps."""
         ...
 
-    def outputs(self, params: Params, x: Any) -> tuple[jax.Array, Any]:
+    def outputs(self, params: Params, x: Any, /) -> tuple[jax.Array, Any]:
         """Return the outputs "C/g/s B/d" and what the backward pass needs."""
         ...
 
-    def gradients(self, params: Params, x: Any, kept: Any, g: jax.Array) -> tuple[Params, Any]:
+    def gradients(self, params: Params, x: Any, kept: Any, g: jax.Array, /) -> tuple[Params, Any]:
         """Return gradients by the parameters and by the samples, laid out as these; None by ids."""
         ...
 
-    def reduce(self, grads: Params) -> Params:
+    def reduce(self, grads: Params, /) -> Params:
         """Sum gradients over the data axis that are not."""
         ...
 
-    def zeros(self, params: Params, dtype: Any) -> Params:
+    def zeros(self, params: Params, dtype: Any, /) -> Params:
         """Return gradients of no samples, not reduced unless data splits the parameters."""
         ...
 

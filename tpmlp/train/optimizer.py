@@ -126,7 +126,7 @@ class ShardedOptimizer:
         masked: the optimiser.
     """
 
-    model: Model
+    model: Any
     placement: Any
     masked: MaskedOptimizer
 

@@ -135,7 +135,7 @@ class _Setting:
         )
 
 
-def _shaped(shape: list[int], dtype: Any) -> jax.ShapeDtypeStruct:
+def _shaped(shape: list[Any], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(shape), dtype)
 
 

@@ -21,6 +21,7 @@ def embedding(node: Node, params: Params, inputs: Inputs, given: Given) -> tuple
     (ids,) = inputs
     rows, here = _local_rows(node, params["W"], ids)
     vocabulary = node.input_shapes[0].vocabulary
+    assert vocabulary is not None
     r = jnp.where(here[:, None], params["W"][rows], 0).astype(given.run.compute)
     r = jnp.where(((ids >= 0) & (ids < vocabulary))[:, None], r, jnp.nan)
     r = reduce_scatter("F/s B/d +g -> F/s/g B/d", r.T, **node.axes)

@@ -1,0 +1,153 @@
+"""Each row of the rule table is a function and its transpose, on every mesh.
+
+A failure of an output says that r is wrong on that mesh; of a gradient, which one; of the adjoint,
+that the two directions of a rule do not belong together, whatever the plain function says.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+import tpmlp
+from tests.graph.rows import (
+    KEY,
+    ROWS,
+    directions,
+    expected_outputs,
+    floats_of,
+    numbers,
+    sole,
+)
+from tests.tolerances import CENTRAL_DIFFERENCE, FLOAT64
+from tpmlp.graph import kinds
+from tpmlp.graph.placement import Gather, Turn
+from tpmlp.graph.rules import RULES
+
+STEP = 1e-4
+
+
+class Both(NamedTuple):
+    """What a rule gives in both directions.
+
+    Attributes:
+        outputs: r.
+        along: the derivative of r along v, by a central difference; None if it was not asked for.
+        grads: by the parameters and by the samples, of the sum of w * r.
+    """
+
+    outputs: Any
+    along: Any
+    grads: tuple[Any, Any]
+
+
+def both(function: Any, w: Any, params: Any, floats: Any, v: Any) -> Both:
+    """Run a function of parameters and samples forward and backward; traced."""
+
+    def moved(step: float) -> Any:
+        return function(*jax.tree.map(lambda a, v: a + step * v, (params, floats), v))
+
+    outputs, transposed = jax.vjp(function, params, floats)
+    along = (moved(STEP) - moved(-STEP)) / (2 * STEP)
+    return Both(outputs, along, transposed(w))
+
+
+@cache
+def problem(name: str) -> Any:
+    """Return w, parameters, samples, ids and v of a row."""
+    graph = ROWS[name].graph
+    params, samples = numbers(graph)
+    floats, ids = floats_of(samples)
+    w = directions(jax.eval_shape(lambda: expected_outputs(graph, params, samples)), seed=2)
+    return w, params, floats, ids, directions((params, floats), seed=1)
+
+
+@cache
+def expected(name: str) -> Both:
+    """Return both directions of a row from the plain function, by JAX."""
+    w, params, floats, ids, v = problem(name)
+
+    def function(params: Any, floats: Any) -> Any:
+        return expected_outputs(ROWS[name].graph, params, {**floats, **ids})
+
+    return jax.device_get(jax.jit(lambda *args: both(function, *args))(w, params, floats, v))
+
+
+@cache
+def sharded(mesh: Mesh) -> dict[str, Both]:
+    """Return both directions of every row; one program for all."""
+    placed = {}
+    for name, row in ROWS.items():
+        graph = row.graph
+        w, params, floats, ids, (v_params, v_floats) = problem(name)
+        v = tpmlp.from_numpy(graph, v_params, mesh), v_floats
+        placed[name] = w, tpmlp.from_numpy(graph, params, mesh), floats, v, ids
+
+    @jax.jit
+    def run(placed: Any) -> dict[str, Both]:
+        results = {}
+        for name, (w, params, floats, v, ids) in placed.items():
+            graph = ROWS[name].graph
+
+            def function(params: Any, floats: Any, graph: Any = graph, ids: Any = ids) -> Any:
+                x = sole({**floats, **ids})
+                return tpmlp.apply(graph, params, x, mesh=mesh, key=KEY, training=True)
+
+            results[name] = both(function, w, params, floats, v)
+        return results
+
+    return {
+        name: Both(
+            np.asarray(result.outputs),
+            np.asarray(result.along),
+            (tpmlp.to_numpy(ROWS[name].graph, result.grads[0]), jax.device_get(result.grads[1])),
+        )
+        for name, result in run(placed).items()
+    }
+
+
+def error(got: Any, wanted: Any) -> float:
+    """Return max |a - b| / max |b|."""
+    return float(np.abs(np.asarray(got) - wanted).max() / np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_an_output_is_that_of_the_plain_function(name, mesh):
+    assert error(sharded(mesh)[name].outputs, expected(name).outputs) <= FLOAT64
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_gradient_is_that_of_the_plain_function(name, mesh):
+    got, wanted = sharded(mesh)[name].grads, expected(name).grads
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    worst = jax.tree.leaves(jax.tree.map(error, got, wanted))
+    assert max(worst, default=0) <= FLOAT64
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_backward_is_the_adjoint_of_forward(name, mesh):
+    w, _, _, _, v = problem(name)
+    result = sharded(mesh)[name]
+    forward = np.vdot(result.along, w)
+    terms = jax.tree.leaves(jax.tree.map(np.multiply, v, result.grads))
+    backward = sum(np.sum(term) for term in terms)
+    scale = sum(np.abs(term).sum() for term in terms)
+    assert abs(forward - backward) <= CENTRAL_DIFFERENCE * scale
+
+
+def test_every_rule_has_a_row():
+    inserted = {Gather, Turn}  # by the mesh: dense rows have the first, test_engine the second
+    assert {type(row.kind) for row in ROWS.values()} == set(RULES) - inserted
+
+
+def test_every_kind_that_is_no_source_has_a_rule():
+    defined = {
+        kind
+        for kind in vars(kinds).values()
+        if isinstance(kind, type) and issubclass(kind, kinds.Kind) and kind.__name__[0] != "_"
+    }
+    abstract = {kinds.Kind, kinds.Source}
+    assert defined - abstract - {kinds.Input, kinds.Tokens} == set(RULES) - {Gather, Turn}
