@@ -123,8 +123,8 @@ MUTANTS = {
     ),
     "padded columns leaking": Mutant(
         "activations.py",
-        'name="sigmoid", sigma=jax.nn.sigmoid, sigma_prime=sigmoid_prime, fixes_zero=False',
-        'name="sigmoid", sigma=jax.nn.sigmoid, sigma_prime=sigmoid_prime, fixes_zero=True',
+        "fixes_zero=False,\n            largest_slope=0.25",
+        "fixes_zero=True,\n            largest_slope=0.25",
         f"{RECURSION}[1x8x1-column-dW_2]",
     ),
     "a transposed W": Mutant(
