@@ -244,8 +244,8 @@ MUTANTS = {
     ),
     "biases left out of the norms of samples": Mutant(
         "kernels/per_example.py",
-        "biases = 0 if layers[0][1] is None else 1",
-        "biases = 0",
+        "biases = layers[0][1] is not None",
+        "biases = False",
         f"{PER_EXAMPLE}::test_norms_alone_equal_vmap_of_grad[1x3x1]",
     ),
     "norms of samples times their weights": Mutant(

@@ -144,6 +144,8 @@ NOT_IN_THE_STEP = {
     "R's Hessian forgotten",
     "the loss's Hessian without the weights of samples",
     "a sum over devices that starts at another",
+    "a product of one term joined to the sum of two",
+    "a loop over one block that is taken apart",
     "products of whatever a device holds",
     "updates of whatever a device holds",
 }
