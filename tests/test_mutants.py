@@ -123,8 +123,8 @@ MUTANTS = {
     ),
     "padded columns leaking": Mutant(
         "activations.py",
-        'name="sigmoid", sigma=jax.nn.sigmoid, sigma_prime=sigmoid_prime, fixes_zero=False',
-        'name="sigmoid", sigma=jax.nn.sigmoid, sigma_prime=sigmoid_prime, fixes_zero=True',
+        "fixes_zero=False,\n            largest_slope=0.25",
+        "fixes_zero=True,\n            largest_slope=0.25",
         f"{RECURSION}[1x8x1-column-dW_2]",
     ),
     "a transposed W": Mutant(
@@ -244,8 +244,8 @@ MUTANTS = {
     ),
     "biases left out of the norms of samples": Mutant(
         "kernels/per_example.py",
-        "biases = 0 if layers[0][1] is None else 1",
-        "biases = 0",
+        "biases = layers[0][1] is not None",
+        "biases = False",
         f"{PER_EXAMPLE}::test_norms_alone_equal_vmap_of_grad[1x3x1]",
     ),
     "norms of samples times their weights": Mutant(

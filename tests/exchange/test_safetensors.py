@@ -154,7 +154,7 @@ BAD: dict[str, tuple[bytes, tuple[str, ...]]] = {
     ),
     "a hostile name": (beside(HOSTILE), ("\\x1b[31m", "besides")),
     "a hostile name and offset": (
-        file_of([*good(), (HOSTILE, dict(good())["0.bias"])]),
+        file_of([*good(), (HOSTILE, {"dtype": "F32", "shape": [1], "data_offsets": [999, 1003]})]),
         ("\\x1b[31m", "offset for tensor"),
     ),
     "a hostile dtype": (changed("0.bias", dtype=HOSTILE), ("\\x1b[31m", "unknown variant")),

@@ -144,6 +144,8 @@ NOT_IN_THE_STEP = {
     "R's Hessian forgotten",
     "the loss's Hessian without the weights of samples",
     "a sum over devices that starts at another",
+    "a product of one term joined to the sum of two",
+    "a loop over one block that is taken apart",
     "products of whatever a device holds",
     "updates of whatever a device holds",
 }
@@ -174,7 +176,7 @@ def test_a_fault_is_found_where_it_is(fault):
     assert str(report).endswith(f"bug: {wanted}")
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", sorted(REFUSED))
 def test_a_fault_that_is_refused_statically_gives_no_report(name):
     mutant = MUTANTS[name]
     edit = mutant.file, mutant.old, mutant.new
