@@ -44,6 +44,7 @@ __all__ = [
     "transpose",
     "tree_sum",
     "turn",
+    "vary_like",
     "zeros",
 ]
 
@@ -257,6 +258,12 @@ def zeros(layout: str, shape: tuple[int, ...], dtype: Any, **axes: str) -> jax.A
         if names
         else jnp.zeros(shape, dtype)
     )
+
+
+def vary_like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """Return x as an array that may come to differ over the axes over which another does."""
+    names = tuple(sorted(xla.differs_over(other) - xla.differs_over(x)))
+    return lax.pcast(x, names, to="varying") if names else x
 
 
 def block_index(dim: str, **axes: str) -> jax.Array | int:

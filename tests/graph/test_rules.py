@@ -24,7 +24,7 @@ from tests.graph.rows import (
 )
 from tests.tolerances import CENTRAL_DIFFERENCE, FLOAT64
 from tpmlp.graph import kinds
-from tpmlp.graph.placement import Gather, Turn
+from tpmlp.graph.placement import Gather, Turn, Whole
 from tpmlp.graph.rules import RULES
 
 STEP = 1e-4
@@ -139,7 +139,7 @@ def test_backward_is_the_adjoint_of_forward(name, mesh):
 
 
 def test_every_rule_has_a_row():
-    inserted = {Gather, Turn}  # by the mesh: dense rows have the first, test_engine the second
+    inserted = {Gather, Turn, Whole}  # by the mesh; Turn in test_engine.py
     assert {type(row.kind) for row in ROWS.values()} == set(RULES) - inserted
 
 
@@ -150,4 +150,4 @@ def test_every_kind_that_is_no_source_has_a_rule():
         if isinstance(kind, type) and issubclass(kind, kinds.Kind) and kind.__name__[0] != "_"
     }
     abstract = {kinds.Kind, kinds.Source}
-    assert defined - abstract - {kinds.Input, kinds.Tokens} == set(RULES) - {Gather, Turn}
+    assert defined - abstract - {kinds.Input, kinds.Tokens} == set(RULES) - {Gather, Turn, Whole}

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from tpmlp.collectives import all_gather, all_reduce, reduce_scatter, transpose
 from tpmlp.graph.kinds import ActivityL1, Source
-from tpmlp.graph.placement import GATHER, GraphPlacement, Node
+from tpmlp.graph.placement import GATHER, WHOLE, GraphPlacement, Node
 from tpmlp.graph.rules import RULES, Given, Rule
 from tpmlp.graph.rules.elementwise import activity_value
 from tpmlp.kernels.execution import Execution, execution
@@ -89,7 +89,7 @@ def is_rebuilt(node: Node, placement: GraphPlacement) -> bool:
     """Return whether r of a node that is read is built again, rather than kept."""
     if isinstance(node.kind, Source):
         return True  # from the samples themselves
-    if node.kind is GATHER:
+    if node.kind in (GATHER, WHOLE):
         return placement.strategy.keep != "gathered"
     return rule_of(node).rebuild is not None
 
@@ -223,7 +223,7 @@ class _Walk:
         if parts is None:
             return  # of ids
         g = sum(parts[1:], parts[0])
-        if node.kind is not GATHER:
+        if node.kind not in (GATHER, WHOLE):
             for dw in self.summed:
                 # It frees what was gathered for it.
                 g = after(g, dw)
@@ -303,7 +303,7 @@ class _Walk:
         inputs = tuple(_total(self.value(name, ready), run) for name in node.inputs)
         params = _whole(node, self.params.get(node.owner, {}), inputs[0], run, self.placement)
         if rule.rebuild is None:
-            assert node.kind is GATHER
+            assert node.kind in (GATHER, WHOLE)
             return rule.forward(node, params, inputs, self.given)[0]
         residue = self.residues.get(node.name)
         return run.to_compute(rule.rebuild(node, params, inputs, residue, self.given))

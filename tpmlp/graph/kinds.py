@@ -389,6 +389,10 @@ class Attention(Kind):
                 f"num_heads={self.num_heads}."
             )
 
+    def splits_kv(self, num_devices: int) -> bool:
+        """Return whether so many devices have whole heads of k and v each."""
+        return self.kv_heads % num_devices == 0
+
     @property
     def kv_heads(self) -> int:
         """Heads of k and v."""

@@ -4,8 +4,9 @@ The features of every r_v are split over both tensor axes. On a mesh where both 
 they are split in one of two orders, the *orientation* of r_v: over y and each piece over x, or the
 other way round. A dense vertex gives the orientation that it does not read; most others give the
 one they read, and read all inputs in one. Where an input comes in the other one, the program has a
-`Turn`; and where dense vertices gather what they read, it has one `Gather` for all of them. Both
-are operations like those of vertices, with a backward pass of their own.
+`Turn`; where dense vertices gather what they read, one `Gather` for all of them; and where vertices
+look at all features, one `Whole`. These are operations like those of vertices, with a backward pass
+of their own.
 
 On a mesh with one tensor axis there is one orientation, and every dense vertex is free to gather
 over the axis or to scatter over it.
@@ -18,7 +19,7 @@ from typing import Any
 
 from jax.sharding import Mesh, NamedSharding
 
-from tpmlp.graph.kinds import Attention, Dense, Embedding, Source
+from tpmlp.graph.kinds import Attention, Concatenate, Dense, Embedding, Function, Slice, Source
 from tpmlp.graph.shape import Shape
 from tpmlp.graph.structure import Structure
 from tpmlp.graph.vertex import Vertex
@@ -41,7 +42,13 @@ class Turn:
     label = "turn"
 
 
-GATHER, TURN = Gather(), Turn()
+class Whole:
+    """All features of what vertices read that look at all of them."""
+
+    label = "whole"
+
+
+GATHER, TURN, WHOLE = Gather(), Turn(), Whole()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,8 +184,8 @@ class GraphPlacement(OnMesh):
     def result_layout(self, name: str) -> str:
         """Return the layout of what a node gives, inside the kernel."""
         kind = self.nodes[name].kind
-        if kind is GATHER:
-            return "F/s B/d"
+        if kind in (GATHER, WHOLE):
+            return "F/s B/d" if kind is GATHER else "F B/d"
         return "F/g/s B/d" if kind is TURN or isinstance(kind, Dense) else "F/s/g B/d"
 
     def sharding(self, layout: str, node: str) -> NamedSharding:
@@ -282,6 +289,18 @@ def _fewest_words(graph: Structure, owner: str) -> str:
     return "column" if column <= row else "row"
 
 
+def _read_whole(vertex: Vertex, num_devices: int) -> tuple[int, ...]:
+    """Return which inputs a vertex needs all features of."""
+    kind = vertex.kind
+    if isinstance(kind, Attention):
+        return () if kind.splits_kv(num_devices) else (1, 2)
+    if isinstance(kind, Concatenate | Slice) or (
+        isinstance(kind, Function) and kind.of == "gathered"
+    ):
+        return tuple(range(len(vertex.inputs)))
+    return ()
+
+
 class _Lowering:
     """Makes the nodes of a placement."""
 
@@ -289,6 +308,7 @@ class _Lowering:
         self.placement, self.graph = placement, placement.graph
         main, other = tensor_axes(placement.mesh)
         self.free = placement.sizes[other] == 1
+        self.num_tensor_devices = placement.sizes["x"] * placement.sizes["y"]
         self.bind = {
             "column": {"g": main, "s": other, "d": "data"},
             "row": {"g": other, "s": main, "d": "data"},
@@ -307,6 +327,8 @@ class _Lowering:
         inputs = [self.turned(name, wanted, vertex) for name in vertex.inputs]
         if isinstance(vertex.kind, Dense):
             inputs = [self.gathered(name, axes, vertex) for name in inputs]
+        for i in _read_whole(vertex, self.num_tensor_devices):
+            inputs[i] = self.whole(inputs[i], axes, vertex)
         self.add(vertex.name, vertex.kind, inputs, owner, axes, vertex)
         flips = isinstance(vertex.kind, Dense) and not self.free
         self.oriented[vertex.name] = (axes["g"], axes["s"]) if flips else wanted
@@ -348,10 +370,16 @@ class _Lowering:
         shape = self.nodes[name].shape
         return self.change(f"{name} gathered", GATHER, name, axes, shape, vertex)
 
+    def whole(self, name: str, axes: dict[str, str], vertex: Vertex) -> str:
+        """Return the node with all features of an array."""
+        if self.num_tensor_devices == 1:
+            return name
+        return self.change(f"{name} whole", WHOLE, name, axes, self.nodes[name].shape, vertex)
+
     def change(
         self,
         changed: str,
-        kind: Gather | Turn,
+        kind: Gather | Turn | Whole,
         name: str,
         axes: dict[str, str],
         shape: Shape,
@@ -380,7 +408,7 @@ class _Lowering:
             input_shapes=tuple(self.nodes[i].shape for i in inputs),
             shape=self.graph.shapes[vertex.name] if shape is None else shape,
             num_blocks=self.placement.num_blocks,
-            num_tensor_devices=self.placement.sizes["x"] * self.placement.sizes["y"],
+            num_tensor_devices=self.num_tensor_devices,
             segment=self.segment(vertex.name),
         )
 

@@ -1,7 +1,7 @@
 """The rules of all kinds of vertices, forward and backward side by side."""
 
 from tpmlp.graph import kinds
-from tpmlp.graph.placement import Gather, Turn
+from tpmlp.graph.placement import Gather, Turn, Whole
 from tpmlp.graph.rules import attention, dense, elementwise, features, norms, tokens
 from tpmlp.graph.rules.rule import Given, Gradients, Reader, Rule
 
@@ -25,6 +25,7 @@ RULES: dict[type, Rule] = {
     kinds.Positions: tokens.POSITIONS,
     kinds.TokenMean: tokens.TOKEN_MEAN,
     Turn: features.TURN,
+    Whole: features.WHOLE,
     kinds.Concatenate: features.CONCATENATE,
     kinds.Slice: features.SLICE,
     kinds.Function: features.FUNCTION,

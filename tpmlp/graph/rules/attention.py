@@ -3,7 +3,7 @@
     s = q^T k / sqrt(d),   p = softmax of s over the keys,   r = p v          of each head
 
 k and v come split like q where the devices divide their heads too: no collective. Where they are
-too few, all of them are gathered, and every device takes those that its heads of q look at.
+too few they come whole, and every device takes those that its heads of q look at.
 
 What is kept is q, k and v; p is computed again in the backward pass.
 """
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tpmlp.collectives import all_gather, block_index, reduce_scatter
+from tpmlp.collectives import block_index
 from tpmlp.graph.placement import Node
 from tpmlp.graph.rules.rule import Given, Gradients, Params, Reader, Rule
 from tpmlp.layout import padded
@@ -65,11 +65,6 @@ def attention_backward(
     return Gradients((_joined(dq), _kv_back(node, dk), _kv_back(node, dv)), {})
 
 
-def gathers_kv(node: Node) -> bool:
-    """Return whether k and v are gathered, as a device would not have whole heads of them."""
-    return node.kind.kv_heads % node.num_tensor_devices != 0
-
-
 def _heads(node: Node, inputs: tuple[jax.Array, ...], given: Given) -> Heads:
     q, k, v = map(given.run.to_compute, inputs)
     q = _split(node, q, node.kind.num_heads // node.num_tensor_devices)
@@ -80,23 +75,22 @@ def _heads(node: Node, inputs: tuple[jax.Array, ...], given: Given) -> Heads:
 
 
 def _kv(node: Node, array: jax.Array) -> jax.Array:
-    """Return the heads of k or v for this device's heads of q, "F/s/g B/d" -> [K, d, B, T]."""
+    """Return the heads of k or v for this device's heads of q, [K, d, B, T]."""
     kind = node.kind
-    if not gathers_kv(node):
+    if kind.splits_kv(node.num_tensor_devices):
         return _split(node, array, kind.kv_heads // node.num_tensor_devices)
-    whole = all_gather("F/s/g B/d -> F B/d", array, **node.axes)[: node.input_shapes[1].features]
+    whole = array[: node.input_shapes[1].features]
     return _split(node, whole, kind.kv_heads)[_looked_at(node)]
 
 
 def _kv_back(node: Node, grad: jax.Array) -> jax.Array:
-    """Sum a gradient of `_kv` over the devices where k or v is: its transpose."""
-    if not gathers_kv(node):
+    """Return the gradient of k or v from that of `_kv`, its transpose: of whole ones a part."""
+    if node.kind.splits_kv(node.num_tensor_devices):
         return _joined(grad)
     width = node.input_shapes[1].features
     zeros = jnp.zeros((node.kind.kv_heads, *grad.shape[1:]), grad.dtype)
     whole = _joined(zeros.at[_looked_at(node)].add(grad))
-    whole = jnp.pad(whole, ((0, padded(width, node.num_blocks) - width), (0, 0)))
-    return reduce_scatter("F B/d +s+g -> F/s/g B/d", whole, **node.axes)
+    return jnp.pad(whole, ((0, padded(width, node.num_blocks) - width), (0, 0)))
 
 
 def _looked_at(node: Node) -> jax.Array:

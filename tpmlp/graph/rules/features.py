@@ -1,7 +1,8 @@
 """Vertices that need all features of what they read: concatenations, slices, users' functions.
 
-Features move: they are gathered from all devices, and each takes the block of the result that is
-its own. Backward, the gradient is.
+Features are gathered from all devices, once for all that read them (`whole`), and each device takes
+the block of the result that is its own. Backward, each puts its block of g in its place among
+zeros, and what comes out is summed where the features were: `whole`, transposed.
 """
 
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tpmlp.collectives import all_gather, block_index, turn
+from tpmlp.collectives import all_gather, block_index, reduce_scatter, turn, vary_like
 from tpmlp.graph.placement import Node
 from tpmlp.graph.rules.rule import Given, Gradients, Params, Reader, Rule, clear
 from tpmlp.graph.shape import Shape
@@ -30,27 +31,39 @@ def turned_backward(
     return Gradients((turn("F/g/s B/d -> F/s/g B/d", g, **node.axes),), {})
 
 
+def whole(node: Node, params: Params, inputs: Inputs, given: Given) -> tuple[jax.Array, Any]:
+    """Gather all features: "F/s/g B/d" -> "F B/d"."""
+    (h,) = inputs
+    return all_gather("F/s/g B/d -> F B/d", given.run.to_compute(h), **node.axes), None
+
+
+def whole_backward(
+    node: Node, params: Params, read: Reader, residue: Any, g: jax.Array, given: Given
+) -> Gradients:
+    """Sum the parts of g "F B/d +s+g", those of all readers at once, where the features are."""
+    g = reduce_scatter("F B/d +s+g -> F/s/g B/d", g.astype(given.run.reduce), **node.axes)
+    return Gradients((g.astype(given.run.total),), {})
+
+
 def concatenate(node: Node, params: Params, inputs: Inputs, given: Given) -> tuple[jax.Array, Any]:
     """Take this device's block of all features, one input's after another."""
-    pairs = zip(inputs, node.input_shapes, strict=True)
-    return own(node, jnp.concatenate([whole(node, h, shape) for h, shape in pairs])), None
+    return own(node, jnp.concatenate(_logical(node, inputs))), None
 
 
 def concatenate_backward(
     node: Node, params: Params, read: Reader, residue: Any, g: jax.Array, given: Given
 ) -> Gradients:
-    """Take this device's block of each input's features of g."""
-    g, grads, first = whole(node, g, node.shape), [], 0
+    """Take each input's features of g."""
+    g, grads, first = placed(node, g), [], 0
     for shape in node.input_shapes:
-        grads.append(own(node, g[first : first + shape.features]))
+        grads.append(_padded(node, g[first : first + shape.features]))
         first += shape.features
     return Gradients(tuple(grads), {})
 
 
 def cut(node: Node, params: Params, inputs: Inputs, given: Given) -> tuple[jax.Array, Any]:
     """Take this device's block of features start .. stop - 1."""
-    (h,) = inputs
-    return own(node, whole(node, h, node.input_shapes[0])[node.kind.start : node.kind.stop]), None
+    return own(node, inputs[0][node.kind.start : node.kind.stop]), None
 
 
 def cut_backward(
@@ -58,15 +71,16 @@ def cut_backward(
 ) -> Gradients:
     """Put g at features start .. stop - 1 of zeros."""
     before, after = node.kind.start, node.input_shapes[0].features - node.kind.stop
-    filled = jnp.pad(whole(node, g, node.shape), ((before, after), (0, 0)))
-    return Gradients((own(node, filled),), {})
+    filled = jnp.pad(placed(node, g), ((before, after), (0, 0)))
+    return Gradients((_padded(node, filled),), {})
 
 
 def function(node: Node, params: Params, inputs: Inputs, given: Given) -> tuple[jax.Array, Any]:
     """Compute a user's function, of all features or of this device's."""
     if node.kind.of == "local":
         return clear(_columns(node.kind.function(*_rows(node, inputs))), node), None
-    return own(node, _columns(node.kind.function(*_rows(node, _wholes(node, inputs))))), None
+    arrays = _rows(node, tuple(_logical(node, inputs)))
+    return own(node, _columns(node.kind.function(*arrays))), None
 
 
 def function_backward(
@@ -74,33 +88,45 @@ def function_backward(
 ) -> Gradients:
     """Compute what jax.vjp makes of the function."""
     inputs = tuple(read(i) for i in range(len(node.inputs)))
-    local = node.kind.of == "local"
-    arrays = _rows(node, inputs if local else _wholes(node, inputs))
-    out, transposed = jax.vjp(node.kind.function, *arrays)
-    g = g if local else whole(node, g, node.shape)
-    grads = map(_columns, transposed(_as_rows(g, node.shape).astype(out.dtype)))
-    if local:
+    if node.kind.of == "local":
+        grads = _pulled_back(node, _rows(node, inputs), g)
         return Gradients(tuple(clear(grad, node) for grad in grads), {})
-    return Gradients(tuple(own(node, grad) for grad in grads), {})
-
-
-def whole(node: Node, array: jax.Array, shape: Shape) -> jax.Array:
-    """Return all features of an array "F/s/g B/d", padding cut off: "F B/d"."""
-    return all_gather("F/s/g B/d -> F B/d", array, **node.axes)[: shape.features]
+    # Each device takes its own block of g back: the function is linear in it.
+    grads = _pulled_back(node, _rows(node, tuple(_logical(node, inputs))), placed(node, g))
+    return Gradients(tuple(_padded(node, grad) for grad in grads), {})
 
 
 def own(node: Node, array: jax.Array) -> jax.Array:
     """Return this device's block of features "F B/d", padded: "F/s/g B/d"."""
-    rows = padded(array.shape[0], node.num_blocks)
-    array = jnp.pad(array, ((0, rows - array.shape[0]), (0, 0)))
-    size = rows // node.num_tensor_devices
+    array = _padded(node, array)
+    size = array.shape[0] // node.num_tensor_devices
     index = block_index("F/s/g", **node.axes)
     return jax.lax.dynamic_slice_in_dim(array, index * size, size)
 
 
-def _wholes(node: Node, inputs: Inputs) -> Inputs:
-    pairs = zip(inputs, node.input_shapes, strict=True)
-    return tuple(whole(node, h, shape) for h, shape in pairs)
+def placed(node: Node, block: jax.Array) -> jax.Array:
+    """Return this device's block "F/s/g B/d" among zeros, padding cut off: "F B/d +s+g"."""
+    size = block.shape[0]
+    zeros = jnp.zeros((size * node.num_tensor_devices, *block.shape[1:]), block.dtype)
+    index = block_index("F/s/g", **node.axes)
+    whole = jax.lax.dynamic_update_slice_in_dim(zeros, block, index * size, axis=0)
+    return whole[: node.width]
+
+
+def _padded(node: Node, array: jax.Array) -> jax.Array:
+    rows = padded(array.shape[0], node.num_blocks)
+    return jnp.pad(array, ((0, rows - array.shape[0]), (0, 0)))
+
+
+def _logical(node: Node, inputs: Inputs) -> list[jax.Array]:
+    """Return whole inputs, padding cut off."""
+    return [h[: shape.features] for h, shape in zip(inputs, node.input_shapes, strict=True)]
+
+
+def _pulled_back(node: Node, arrays: list[jax.Array], g: jax.Array) -> list[jax.Array]:
+    arrays = [vary_like(array, g) for array in arrays]
+    out, transposed = jax.vjp(node.kind.function, *arrays)
+    return [_columns(grad) for grad in transposed(_as_rows(g, node.shape).astype(out.dtype))]
 
 
 def _rows(node: Node, inputs: Inputs) -> list[jax.Array]:
@@ -117,6 +143,7 @@ def _columns(rows: jax.Array) -> jax.Array:
 
 
 TURN = Rule(turned, turned_backward)
+WHOLE = Rule(whole, whole_backward)
 CONCATENATE = Rule(concatenate, concatenate_backward)
 SLICE = Rule(cut, cut_backward)
 FUNCTION = Rule(function, function_backward, reads=None)

@@ -24,6 +24,7 @@ def embedding(node: Node, params: Params, inputs: Inputs, given: Given) -> tuple
     assert vocabulary is not None
     r = jnp.where(here[:, None], params["W"][rows], 0).astype(given.run.compute)
     r = jnp.where(((ids >= 0) & (ids < vocabulary))[:, None], r, jnp.nan)
+    # All terms of the sum but one are 0: it is exact in the compute type.
     r = reduce_scatter("F/s B/d +g -> F/s/g B/d", r.T, **node.axes)
     return r.astype(given.run.total), None
 
