@@ -26,7 +26,7 @@ from tpmlp.kernels.execution import execution
 from tpmlp.kernels.step_memory import StepTape
 from tpmlp.layout import padded
 from tpmlp.losses import Loss
-from tpmlp.placement import Placement
+from tpmlp.placement import OnMesh, Placement
 
 
 def step_collectives(
@@ -58,6 +58,7 @@ def step_collectives(
             gathers_outputs=types.invariant or loss.targets == "any",
             gathers_targets=types.invariant and loss.targets == "values",
             num_reduced=loss.num_reduced,
+            num_sums=2,
             mean=loss.reduction == "mean",
             batch=shapes[0].batch,
             penalty=penalty,
@@ -112,7 +113,7 @@ def _backward(placement: Placement, shapes: list[LayerShape], types: Types) -> I
         yield from gradient_collectives(shape, types)
 
 
-def step_types(placement: Placement, dtype: str) -> Types:
+def step_types(placement: OnMesh, dtype: str) -> Types:
     """Return the bytes of elements that a strategy means for parameters of a dtype."""
     run = execution(placement, jnp.dtype(dtype))
     # XLA's CPU compiler sums bfloat16 over devices in float32; a ring's hops are the kernel's own.

@@ -196,11 +196,12 @@ class _Walk:
         self.parts: dict[str, list[jax.Array]] = {}
         self.rebuilt: Arrays = {}
         self.g: Arrays = {}
-        self.later: list[tuple[Node, jax.Array, Callable[[jax.Array], Arrays]]] = []
+        self.later: list[tuple[Node, jax.Array, Callable[[Any], Arrays]]] = []
         self.grads: dict[str, Arrays] = {owner: {} for owner in params}
         self.done: list[jax.Array] = []
         self.summed: list[jax.Array] = []
-        self.trained = _trained(placement)
+        self.turns: dict[int, tuple[jax.Array, jax.Array]] = {}
+        self.trained = trained_nodes(placement)
         users = Counter(node.owner for node in placement.program)
         self.uses = {(owner, name): users[owner] for owner, mine in params.items() for name in mine}
 
@@ -224,15 +225,11 @@ class _Walk:
             return  # of ids
         g = sum(parts[1:], parts[0])
         if node.kind not in (GATHER, WHOLE):
-            for dw in self.summed:
-                # It frees what was gathered for it.
-                g = after(g, dw)
-            self.summed = self.summed[-1:]
+            g = self.in_turn(g)
             self.g[node.name] = g
         if isinstance(node.kind, Source):
             return
-        params, g, _ = hold((dict(self.params.get(node.owner, {})), g, self.done))
-        self.done = []
+        params, _ = hold((dict(self.params.get(node.owner, {})), g))
         params = _whole(node, params, g, self.given.run, self.placement)
         residue = self.residues.get(node.name)
         result = rule_of(node).backward(node, params, self.reader(node, g), residue, g, self.given)
@@ -244,6 +241,21 @@ class _Walk:
             self.later.append((node, g, result.later))
         self.catch_up(node, result.inputs[0])
 
+    def in_turn(self, g: jax.Array) -> jax.Array:
+        """Return g, not there before the gradients of parameters so far are.
+
+        They free what was gathered for them. A g that a sum hands to several vertices stays one
+        array: what they gather of it is gathered once.
+        """
+        if id(g) not in self.turns:
+            later = g
+            for dw in self.summed:
+                later = after(later, dw)
+            later, _ = hold((later, self.done))
+            self.turns[id(g)] = (g, later)  # with g itself, so that no other has its id
+            self.summed, self.done = self.summed[-1:], []
+        return self.turns[id(g)][1]
+
     def catch_up(self, node: Node, ready: jax.Array | None) -> None:
         """Compute the gradients that waited for the one which goes back to where their input is.
 
@@ -253,7 +265,7 @@ class _Walk:
         self.later = []
         for of, g, later in waiting:
             source = nodes[of.inputs[0]]
-            if node is not (source if source.kind is GATHER else of):
+            if node is not (source if source.kind in (GATHER, WHOLE) else of):
                 self.later.append((of, g, later))
                 continue
             self.add(of, later(ready if node.inputs[0] in self.trained else g))
@@ -311,21 +323,38 @@ class _Walk:
     def recompute(self, segment: tuple[str, int]) -> None:
         """Run the nodes of a segment forward again, from what is kept before it."""
         (ready,) = [parts[0] for parts in self.parts.values()][:1]
-        nodes = [node for node in self.placement.program if node.segment == segment]
+        nodes = recomputed_nodes(self.placement, segment)
         inside = {node.name for node in nodes}
         outside = {name for node in nodes for name in node.inputs if name not in inside}
+        rebuilt = dict(self.rebuilt)
         values = {name: self.value(name, ready) for name in sorted(outside)}
+        # Read again later they are built again, or the gathers from them would be these.
+        self.rebuilt = rebuilt
         residues: dict[str, Any] = {}
         for node in nodes:
             values[node.name], residues[node.name] = _compute(
                 node, values, self.params, self.inputs, self.given, self.placement
             )
         kept = kept_names(self.placement)
-        self.values |= {name: values[name] for name in inside & kept}
+        self.values |= {name: values[name] for name in inside & kept if name not in self.values}
         self.residues |= residues
 
 
-def _trained(placement: GraphPlacement) -> set[str]:
+def recomputed_nodes(placement: GraphPlacement, segment: tuple[str, int]) -> list[Node]:
+    """Return the nodes of a segment that are computed again: all that some r to be read needs."""
+    _, leaves = _segments(placement)
+    inside = [node for node in placement.program if node.segment == segment]
+    needed = {
+        node.name
+        for node in inside
+        if rule_of(node).residue or node.name in kept_names(placement) - leaves
+    }
+    for node in reversed(inside):
+        needed |= set(node.inputs) if node.name in needed else set()
+    return [node for node in inside if node.name in needed]
+
+
+def trained_nodes(placement: GraphPlacement) -> set[str]:
     """Return the nodes whose gradient some parameter needs."""
     trained: set[str] = set()
     for node in placement.program:

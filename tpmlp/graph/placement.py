@@ -364,9 +364,11 @@ class _Lowering:
         return self.change(f"{name} turned", TURN, name, axes, shape, vertex)
 
     def gathered(self, name: str, axes: dict[str, str], vertex: Vertex) -> str:
-        """Return the node with an array gathered over g."""
+        """Return the node with an array gathered over g; it is whole where s splits nothing."""
         if self.placement.sizes[axes["g"]] == 1:
             return name
+        if self.placement.sizes[axes["s"]] == 1:
+            return self.whole(name, axes, vertex)
         shape = self.nodes[name].shape
         return self.change(f"{name} gathered", GATHER, name, axes, shape, vertex)
 

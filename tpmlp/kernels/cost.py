@@ -216,6 +216,7 @@ def loss_collectives(
     gathers_outputs: bool,
     gathers_targets: bool,
     num_reduced: int,
+    num_sums: int,
     mean: bool,
     batch: int,
     penalty: bool,
@@ -230,6 +231,7 @@ def loss_collectives(
         gathers_outputs: whether they are gathered.
         gathers_targets: whether targets, as many values, are.
         num_reduced: elements all-reduced over the tensor axes for each sample.
+        num_sums: sums over samples: of losses, of right predictions, of what a model adds.
         mean: whether the total weight is divided by, and so needed.
         batch: samples of one microbatch on one device.
         penalty: whether there is an R(W) that each device sums on its own block.
@@ -251,14 +253,14 @@ def loss_collectives(
         data = sizes["data"]
         rows += [
             ("total weight", "all_gather", data_axes, int(mean) * data, types.total, 1),
-            ("loss, correct", "all_gather", data_axes, 2 * data, types.total, 1),
+            ("loss, correct", "all_gather", data_axes, num_sums * data, types.total, 1),
             ("R(W)", "all_gather", tensor_axes, penalty * num_arrays * NUM_PIECES, widest, 1),
         ]
     else:
         rows += [
             ("total weight", "all_reduce", data_axes, int(mean), param, 1),
             ("loss of each sample", "all_reduce", tensor_axes, num_reduced * batch, param, parts),
-            ("loss, correct", "all_reduce", data_axes, 2, param, 1),
+            ("loss, correct", "all_reduce", data_axes, num_sums, param, 1),
             ("R(W)", "all_reduce", split_axes, int(penalty), param, 1),
         ]
     return [
