@@ -1,5 +1,12 @@
 """Graphs: vertices of any kind, forward in their order and backward in reverse, sharded."""
 
+from tpmlp.graph.blocks import (
+    gated_mlp_block,
+    language_model,
+    residual_mlp_block,
+    sparse_autoencoder,
+    transformer_block,
+)
 from tpmlp.graph.graph import Graph
 from tpmlp.graph.kinds import (
     Activation,
@@ -50,4 +57,9 @@ __all__ = [
     "TokenMean",
     "Tokens",
     "Vertex",
+    "gated_mlp_block",
+    "language_model",
+    "residual_mlp_block",
+    "sparse_autoencoder",
+    "transformer_block",
 ]

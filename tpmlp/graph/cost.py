@@ -180,13 +180,8 @@ class _Told:
 
     def local(self, owner: str, name: str) -> int:
         """Return the elements of a parameter on a device, as it is used."""
-        spec = self.placement.graph.arrays[owner][name]
-        blocks = self.placement.num_blocks
-        sizes = (
-            size if dim == "whole" else padded(size, blocks)
-            for dim, size in zip(spec.dims, spec.shape, strict=True)
-        )
-        return math.prod(sizes) // self.size(self.placement.nodes[owner], "sg")
+        shape = self.placement.padded_shape(self.placement.graph.arrays[owner][name])
+        return math.prod(shape) // self.size(self.placement.nodes[owner], "sg")
 
     def objective(self, loss: Loss, penalty: bool) -> None:
         """Tell the loss, R, and what vertices add."""

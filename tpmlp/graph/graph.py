@@ -15,14 +15,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tpmlp.checks import check_dtype, check_key
+from tpmlp.checks import check_count, check_dtype, check_key
+from tpmlp.graph.draw import draw_graph
 from tpmlp.graph.kinds import Activation
 from tpmlp.graph.network import GraphNetwork
 from tpmlp.graph.placement import GraphPlacement, place_graph
 from tpmlp.graph.shape import Parameter, seed_of
 from tpmlp.graph.structure import Structure
+from tpmlp.graph.summary import GraphSummary, summarize_graph
+from tpmlp.losses import get_loss
 from tpmlp.model import HE
 from tpmlp.placement import ParameterSpec
+from tpmlp.regularizers import ElementwisePenalty, get_regularizer
 from tpmlp.strategy import Strategy
 
 Params = dict[str, dict[str, jax.Array]]
@@ -142,6 +146,45 @@ class Graph(Structure):
         check_key(key)
         dtype = jnp.dtype(check_dtype("dtype", jnp.float32 if dtype is None else dtype))
         return _drawing(self, self.place(mesh, strategy), dtype)(key)
+
+    def summary(
+        self,
+        mesh: Mesh,
+        *,
+        batch_size: int,
+        strategy: Strategy | None = None,
+        loss: Any = None,
+        regularizer: Any = None,
+        dtype: Any = None,
+    ) -> GraphSummary:
+        """Return what one device holds of every vertex, and what it receives in a step.
+
+        Args:
+            mesh: the mesh.
+            batch_size: samples of one step.
+            strategy: Strategy() by default.
+            loss: the loss, whose own collectives are counted when it is given.
+            regularizer: R, whose own collective is counted when it is given.
+            dtype: float32 by default.
+
+        Returns:
+            A GraphSummary; print it.
+        """
+        return summarize_graph(
+            self.place(mesh, strategy),
+            batch_size=check_count("batch_size", batch_size, "Give the samples of one step."),
+            dtype=check_dtype("dtype", jnp.float32 if dtype is None else dtype),
+            loss=None if loss is None else get_loss(loss),
+            penalty=isinstance(get_regularizer(regularizer), ElementwisePenalty),
+        )
+
+    def plot(self) -> Any:
+        """Return a matplotlib Figure of the vertices, inputs on the left, output on the right.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        return draw_graph(self)
 
     def is_rectified(self, name: str) -> bool:
         """Return whether all that read a vertex are activations that vanish on half of the line."""

@@ -20,7 +20,7 @@ from typing import Any
 from jax.sharding import Mesh, NamedSharding
 
 from tpmlp.graph.kinds import Attention, Concatenate, Dense, Embedding, Function, Slice, Source
-from tpmlp.graph.shape import Shape
+from tpmlp.graph.shape import Parameter, Shape
 from tpmlp.graph.structure import Structure
 from tpmlp.graph.vertex import Vertex
 from tpmlp.layout import padded, partition_spec
@@ -180,6 +180,13 @@ class GraphPlacement(OnMesh):
         written = {"outputs": "O/g", "inputs": "I/s", "features": features, "whole": "T"}
         first, *others = (written[dim] for dim in parameter.dims)
         return " ".join([f"{first}/d" if held and self.splits_data else first, *others])
+
+    def padded_shape(self, array: Parameter) -> tuple[int, ...]:
+        """Return the shape that a parameter has on the mesh."""
+        return tuple(
+            size if dim == "whole" else padded(size, self.num_blocks)
+            for dim, size in zip(array.dims, array.shape, strict=True)
+        )
 
     def result_layout(self, name: str) -> str:
         """Return the layout of what a node gives, inside the kernel."""
