@@ -10,6 +10,8 @@ from tpmlp.graph.structure import Structure
 GIVEN, TRAINED, OTHER = "#d9e8f5", "#f8dcc0", "#f2f2f2"
 # Of one column, in the units of a vertex's height.
 ROW, COLUMN = 1.3, 2.6
+# How far an edge that goes round others leaves the straight line, in parts of its length.
+BEND = 0.2
 
 
 def draw_graph(graph: Structure) -> Any:
@@ -18,12 +20,16 @@ def draw_graph(graph: Structure) -> Any:
     places = _places(graph)
     columns = 1 + max(column for column, _ in places.values())
     rows = 1 + max(row for _, row in places.values())
-    figure = make(figsize=(1.35 * columns + 0.4, 0.75 * rows + 0.6), layout="constrained")
+    # An edge that skips columns goes round the vertices between, above the first row.
+    edges = [(n, v.name) for v in graph.order for n in dict.fromkeys(v.inputs)]
+    skips = [places[end][0] - places[start][0] for start, end in edges]
+    above = BEND * COLUMN * max([1, *skips]) / 2
+    size = (1.35 * columns + 0.4, 0.58 * (ROW * rows + above) + 0.3)
+    figure = make(figsize=size, layout="constrained")
     panel = figure.subplots()
-    for vertex in graph.order:
-        x, y = _point(places[vertex.name])
-        for name in dict.fromkeys(vertex.inputs):
-            _edge(panel, _point(places[name]), (x, y))
+    for (start, end), skip in zip(edges, skips, strict=True):
+        bends = skip > 1 and places[start][1] == places[end][1]
+        _edge(panel, _point(places[start]), _point(places[end]), -BEND if bends else 0)
     for vertex in graph.order:
         x, y = _point(places[vertex.name])
         given = isinstance(vertex.kind, Source)
@@ -33,7 +39,7 @@ def draw_graph(graph: Structure) -> Any:
         box = {"boxstyle": "round", "facecolor": color, "edgecolor": "#606060"}
         panel.text(x, y, text, ha="center", va="center", fontsize=7, bbox=box)
     panel.set_xlim(-COLUMN / 2, columns * COLUMN - COLUMN / 2)
-    panel.set_ylim(-rows * ROW + ROW / 2, ROW / 2)
+    panel.set_ylim(-rows * ROW + ROW / 2, ROW / 2 + above)
     panel.axis("off")
     return figure
 
@@ -56,13 +62,12 @@ def _point(place: tuple[int, int]) -> tuple[float, float]:
     return column * COLUMN, -row * ROW
 
 
-def _edge(panel: Any, start: tuple[float, float], end: tuple[float, float]) -> None:
-    skips = end[0] - start[0] > COLUMN
+def _edge(panel: Any, start: tuple[float, float], end: tuple[float, float], bend: float) -> None:
     arrow = {
         "arrowstyle": "-|>",
         "color": "#808080",
         "shrinkA": 22,
         "shrinkB": 22,
-        "connectionstyle": f"arc3,rad={-0.25 if skips and start[1] == end[1] else 0}",
+        "connectionstyle": f"arc3,rad={bend}",
     }
     panel.annotate("", xy=end, xytext=start, arrowprops=arrow)
