@@ -60,6 +60,8 @@ RING = "tests/kernels/test_dense.py::test_float64_tensor_equals_numpy[ring-1x3x1
 # The rows of tests.strategies.FLOAT64_ROWS that the mutants name.
 SPLIT = "8x1x1-column-gathered-none-split-3-float64-None-None"
 PER_EXAMPLE = "tests/inspection/test_per_example.py"
+ENGINE = "tests/graph/test_engine.py"
+RULES = "tests/graph/test_rules.py::test_an_output_is_that_of_the_plain_function"
 VOLUMES = "tests/kernels/test_cost.py::test_a_step_moves_what_the_docstrings_say"
 
 MUTANTS = {
@@ -129,8 +131,8 @@ MUTANTS = {
     ),
     "a transposed W": Mutant(
         "kernels/dense.py",
-        'dh = einsum("O/g I/s, O/g B/d -> I/s B/d +g", W, g, dtype=dtype, **axes)',
-        'dh = einsum("O/g I/s, O/g B/d -> I/s B/d +g", '
+        'return einsum("O/g I/s, O/g B/d -> I/s B/d +g", W, g, dtype=dtype, **axes)',
+        'return einsum("O/g I/s, O/g B/d -> I/s B/d +g", '
         "W.T if W.shape[0] == W.shape[1] else W, g, dtype=dtype, **axes)",
         f"{BACKPROP}::test_square_layers_equal_the_reference[1x1x1-column-g_1]",
     ),
@@ -154,8 +156,8 @@ MUTANTS = {
     ),
     "R's gradient once a data shard": Mutant(
         "kernels/terms.py",
-        "dW + penalty.gradient(W)",
-        'dW + penalty.gradient(W) * jax.lax.axis_size("data")',
+        "grad + penalty.gradient(array)",
+        'grad + penalty.gradient(array) * jax.lax.axis_size("data")',
         "tests/test_regularizers.py::"
         "test_tensor_with_a_regularizer_is_that_of_the_data_plus_r_once[l2-2x2x2-dW_1]",
     ),
@@ -225,15 +227,16 @@ MUTANTS = {
     ),
     "only the last microbatch": Mutant(
         "kernels/objective.py",
-        "return added(carry, one_pass(*part, splits)), None",
-        "return one_pass(*part, splits), None",
+        "return added(carry, one_pass(part, of_part, splits)), None",
+        "return one_pass(part, of_part, splits), None",
         f"{STRATEGIES}[{SPLIT}-dW_1]",
     ),
     "each microbatch divided by its own weight": Mutant(
         "kernels/objective.py",
-        "layers, x, y, weight, total, chain=chain, loss=loss, reduce=reduce",
-        "layers, x, y, weight, terms_of(chain).total_weight(weight, chain), chain=chain, "
-        "loss=loss, reduce=reduce",
+        "sums, grads, _ = _one_pass(params, part, total, network=of, loss=loss, reduce=reduce)",
+        "total = terms_of(of).total_weight(part.weight, of)\n"
+        "        sums, grads, _ = _one_pass(params, part, total, network=of, loss=loss, "
+        "reduce=reduce)",
         f"{STRATEGIES}[{SPLIT}-dW_3]",
     ),
     "layers computed again by those before them": Mutant(
@@ -262,10 +265,34 @@ MUTANTS = {
     ),
     "copies of a gradient counted in its norm": Mutant(
         "kernels/terms.py",
-        "jnp.sum(squares), **chain",
-        'jnp.sum(squares) * jax.lax.axis_size("data"), **chain',
+        "jnp.sum(squares), **network",
+        'jnp.sum(squares) * jax.lax.axis_size("data"), **network',
         "tests/test_norms.py::"
         "test_clipped_gradients_have_the_norm_of_the_bound_and_the_same_direction[2x1x1-column]",
+    ),
+    "an out-neighbour left out": Mutant(
+        "graph/engine.py",
+        "g = sum(parts[1:], parts[0])",
+        "g = parts[0]",
+        f"{ENGINE}::test_a_residual_over_one_dense_vertex_is_turned[sizes0]",
+    ),
+    "shared parameters with the gradient of one user": Mutant(
+        "graph/engine.py",
+        "mine[name] + dw if name in mine else dw",
+        "dw",
+        f"{ENGINE}::test_gradients_under_a_strategy_are_jax_grads[row]",
+    ),
+    "an array that is not turned": Mutant(
+        "collectives.py",
+        "pairs = [(j * majors + i, i * minors + j) for",
+        "pairs = [(i * minors + j, i * minors + j) for",
+        f"{ENGINE}::test_a_residual_over_one_dense_vertex_is_turned[sizes0]",
+    ),
+    "padding counted in a mean over features": Mutant(
+        "graph/rules/norms.py",
+        "jax.lax.rsqrt(squares / node.width + node.kind.epsilon)\n    return",
+        "jax.lax.rsqrt(squares / node.padded_width + node.kind.epsilon)\n    return",
+        f"{RULES}[1x2x3-rms norm]",
     ),
     "products before a start counted as meanwhile": Mutant(
         "inspection/hlo/collectives.py",

@@ -124,6 +124,10 @@ PLANTED = [
 # norms and gradients of single samples, curvature; sums whose order is no fault but to a hash.
 
 NOT_IN_THE_STEP = {
+    "an out-neighbour left out",
+    "shared parameters with the gradient of one user",
+    "an array that is not turned",
+    "padding counted in a mean over features",
     "an order that accelerators are not given",
     "smoothing over padded logits",
     "R's gradient once a data shard",

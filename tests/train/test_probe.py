@@ -48,7 +48,7 @@ def test_what_padding_would_change_is_refused_by_name(tx: Callable[[], Any], nam
     with pytest.raises(ValueError, match=r"^optimizer must not depend on the shapes") as refusal:
         make(tx())
     refusal.match(name)
-    refusal.match(r"widths=\(10, 6\) padded to \(16, 8\) on the mesh .*'x': 4, 'y': 2")
+    refusal.match(r"W_1 of shape \(6, 10\) padded to \(8, 16\) on the mesh .*'x': 4, 'y': 2")
     refusal.match(r"x\*y=8 divides")
 
 
@@ -79,10 +79,13 @@ def test_a_rule_for_large_arrays_is_seen_whatever_its_threshold() -> None:
 
 
 def test_large_widths_are_probed_small_in_the_same_order_with_the_same_padding() -> None:
-    setting = probe._Setting((5000, 10, 300, 128), (5005, 14, 301, 133), True, jnp.float32)
+    shapes = {"logical": (5000, 10, 300, 128), "padded": (5005, 14, 301, 133)}
+    setting = probe._Setting(
+        **{name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    )
     small = setting.small()
-    assert small.widths == (160, 10, 144, 128)
-    assert np.subtract(small.padded_widths, small.widths).tolist() == [5, 4, 1, 5]
+    assert small.logical.shape == (160, 10, 144, 128)
+    assert np.subtract(small.padded.shape, small.logical.shape).tolist() == [5, 4, 1, 5]
 
 
 NEEDY: dict[str, tuple[Callable[[], Any], str]] = {
