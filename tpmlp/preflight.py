@@ -53,6 +53,7 @@ _NAMES = (
     "reduce_scatter_in_tree",
     "all_reduce_in_tree",
     "shift",
+    "turn",
 )
 
 
@@ -156,7 +157,7 @@ def _numbers(mesh: Mesh, case: Case) -> tuple[Held, dict[str, np.ndarray]]:
         high=_place(mesh, case, lambda a: u + repeated(one[a])),
     )
     shifted = np.hstack([np.roll(blocks, -by, axis=0) for by in _SHIFTS]).reshape(-1)
-    results = (u, 3 * u, 3 * u, u + 1, 3 * u, 3 * u[: size // p], shifted)
+    results = (u, 3 * u, 3 * u, u + 1, 3 * u, 3 * u[: size // p], shifted, u)
     return held, {name: a.astype(dtype) for name, a in zip(_NAMES, results, strict=True)}
 
 
@@ -216,11 +217,17 @@ def _runs(case: Case) -> dict[str, tuple[Callable[[Held], jax.Array], PartitionS
         ),
         "all_reduce_in_tree": (all_reduce_in_tree, whole),
         "shift": (shift, blocks),
+        "turn": (
+            lambda h: collectives.turn("A/a/b -> A/b/a", h.own, **roles),
+            PartitionSpec(case.axes[::-1]),
+        ),
     }
     if case.num_blocks.bit_count() > 1:
         del runs["reduce_scatter_in_tree"], runs["all_reduce_in_tree"]
     if len(case.axes) > 1:
         del runs["shift"]
+    if len(case.axes) != 2:
+        del runs["turn"]
     return runs
 
 

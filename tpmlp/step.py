@@ -40,7 +40,7 @@ class Step:
         weight: Any = None,
         *,
         cotangent: Any = None,
-        key: jax.Array | None = None,
+        key: Any = None,
     ) -> tuple[jax.Array, Params]:
         """Return (loss + R, gradients) at these parameters.
 
@@ -71,7 +71,7 @@ class Step:
         weight: Any = None,
         *,
         cotangent: Any = None,
-        key: jax.Array | None = None,
+        key: Any = None,
     ) -> Any:
         """Return the lowered program, as jax.jit(...).lower does; arguments as in a call."""
         return self._jitted.lower(*self._checked(params, x, y, weight, cotangent, key))
@@ -110,7 +110,7 @@ class Step:
         y: Any,
         weight: Any,
         cotangent: Any,
-        key: jax.Array | None,
+        key: Any,
     ) -> tuple[Any, ...]:
         objective = self.objective
         takes_cotangent = isinstance(objective.loss, Cotangent)

@@ -28,6 +28,10 @@ from tpmlp.graph import (
 X, TEXT, IDS = Vertex("x", Input(8)), Vertex("x", Input(8, tokens=4)), Vertex("x", Tokens(4, 10))
 
 
+DENSE: Any = "dense"
+GRAPH: Any = tpmlp.Graph([Vertex("x", Input(8)), Vertex("a", Dense(3), "x")])
+
+
 def graph(*vertices: Any, **more: Any) -> tpmlp.Graph:
     return tpmlp.Graph(vertices, **more)
 
@@ -86,7 +90,7 @@ BAD: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         ('"a"', "1 inputs", "Dense(3)", "got 2"),
     ),
     "no inputs": (lambda: Vertex("a", Sum()), ('"a"', "got none")),
-    "kind": (lambda: Vertex("a", "dense", "x"), ('"a"', "kind='dense'")),
+    "kind": (lambda: Vertex("a", DENSE, "x"), ('"a"', "kind='dense'")),
     "share": (
         lambda: graph(
             X,
@@ -164,8 +168,8 @@ def stepped(x: Any = ROWS, y: Any = ROWS, **more: Any) -> Any:
     return step(params, x, y, **{"key": jax.random.key(1), **more})
 
 
-def placed(*, strategy: tpmlp.Strategy | None = None, **axes: int) -> Any:
-    return MODEL.place(tpmlp.make_mesh(**axes), strategy)
+def placed(strategy: tpmlp.Strategy) -> Any:
+    return MODEL.place(tpmlp.make_mesh(x=2), strategy)
 
 
 USED: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
@@ -178,13 +182,13 @@ USED: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "targets": (lambda: stepped(y=ROWS[:, 0]), ("[B, T, ..]", "T=4", "(2,)")),
     "label": (lambda: stepped(y=ROWS + 10), ("10",)),
     "weight": (lambda: stepped(weight=np.ones((2, 3))), ("[B] or [B, T]", "(2, 3)")),
-    "ring": (lambda: placed(x=2, strategy=tpmlp.Strategy(overlap="ring")), ("overlap='ring'",)),
+    "ring": (lambda: placed(strategy=tpmlp.Strategy(overlap="ring")), ("overlap='ring'",)),
     "invariant": (
-        lambda: placed(x=2, strategy=tpmlp.Strategy(reduction="invariant")),
+        lambda: placed(strategy=tpmlp.Strategy(reduction="invariant")),
         ("reduction='invariant'", "Graph"),
     ),
     "words": (
-        lambda: placed(x=2, strategy=tpmlp.Strategy(layout=("row",) * 3)),
+        lambda: placed(strategy=tpmlp.Strategy(layout=("row",) * 3)),
         ("3 words", "embedding, logits"),
     ),
     "heads on a mesh": (
@@ -205,7 +209,7 @@ USED: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         ("['x', 'y']", "got ['x']"),
     ),
     "trace": (
-        lambda: tpmlp.trace(MODEL, {}, ROWS, loss="output", mesh=tpmlp.make_mesh(x=2)),
+        lambda: tpmlp.trace(GRAPH, (), ROWS, loss="output", mesh=tpmlp.make_mesh(x=2)),
         ("tpmlp.MLP for trace", "Graph"),
     ),
 }

@@ -34,6 +34,7 @@ def compare(graph: tpmlp.Graph, sizes: tuple[int, int, int], strategy: tpmlp.Str
     )
     compiled: dict = defaultdict(Fraction)
     for row in tpmlp.audit(step.compile(BATCH)).collectives:
+        assert row.count is not None
         compiled[row.kind, frozenset(row.axes)] += row.exact_bytes * row.count
     assert predicted == compiled
 

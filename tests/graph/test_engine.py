@@ -46,9 +46,10 @@ def mesh_of(sizes: tuple[int, int, int]) -> Any:
 def plain_gradients(graph: tpmlp.Graph, w: Any) -> tuple[Any, Any]:
     """Return the outputs of a graph and the gradient of the sum of w * outputs, unsharded."""
     params, samples = numbers(graph)
+    inputs: Any = samples
 
     def total(params: Any) -> tuple[Any, Any]:
-        outputs = plain.outputs(graph, params, samples, words=random_words(KEY))[graph.output]
+        outputs = plain.outputs(graph, params, inputs, words=random_words(KEY))[graph.output]
         return jnp.sum(w * outputs), outputs
 
     (_, outputs), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
