@@ -55,7 +55,7 @@ define CHECK_PYTHON
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train verify picture bench bench-torch bench-gpu absent test test-all \
+.PHONY: help setup train verify picture graph bench bench-torch bench-gpu absent test test-all \
         test-gpu check format pins clean
 
 help: ## List the targets
@@ -65,7 +65,7 @@ help: ## List the targets
 	@echo 'make train takes $(wordlist 1,8,$(TRAIN_VARIABLES))'
 	@echo '           $(wordlist 9,99,$(TRAIN_VARIABLES)), as NAME=value.'
 	@echo 'make bench, bench-torch and bench-gpu take BENCH_ARGS="..."; "--help" explains them.'
-	@echo 'make absent takes ABSENT_ARGS="..." likewise.'
+	@echo 'make absent takes ABSENT_ARGS="..." and make graph GRAPH_ARGS="..." likewise.'
 	@echo 'make test, test-all and test-gpu take PYTEST_ARGS="..." for pytest.'
 
 setup: $(READY) ## Make the environment with pinned packages; targets that need it do so first
@@ -115,6 +115,9 @@ bench-gpu: $(READY) ## Time a train step on a GPU against a bare product and pla
 	@nvidia-smi --list-gpus 2>/dev/null || { echo 'bench-gpu needs an NVIDIA GPU: none is here.' >&2; exit 2; }
 	@$(MAKE) --no-print-directory $(READY_GPU)
 	@JAX_PLATFORMS=cuda,cpu $(BIN)/python -m experiments.bench.gpu $(BENCH_ARGS)
+
+graph: $(READY) ## Train a language model and an autoencoder, sharded and not; write results/graph
+	@$(BIN)/python -m experiments.graph $(GRAPH_ARGS)
 
 absent: $(READY_ABSENT) ## Compile the step for TPUs and GPUs that are not here, and count what is in it
 	@$(BIN)/python -m experiments.absent $(ABSENT_ARGS)

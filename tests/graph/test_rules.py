@@ -1,18 +1,20 @@
-"""Each row of the rule table is a function and its transpose, on every mesh.
+"""Each row of the rule table is a function and its transpose, on some meshes; every_rule.py: on all.
 
 A failure of an output says that r is wrong on that mesh; of a gradient, which one; of the adjoint,
 that the two directions of a rule do not belong together, whatever the plain function says.
 """
 
+from collections.abc import Iterable
 from functools import cache
+from itertools import product
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 import tpmlp
+from tests.cases import Sizes, mesh_of, name_of
 from tests.graph.rows import (
     KEY,
     ROWS,
@@ -28,6 +30,9 @@ from tpmlp.graph.placement import Gather, Turn, Whole
 from tpmlp.graph.rules import RULES
 
 STEP = 1e-4
+# One device; one axis that no width is a multiple of, beside data; two axes, either one longer.
+SOME = ((1, 1, 1), (2, 3, 1), (1, 2, 3), (1, 4, 2))
+MOVED = ((1, 1, 1), (1, 2, 3))
 
 
 class Both(NamedTuple):
@@ -35,7 +40,7 @@ class Both(NamedTuple):
 
     Attributes:
         outputs: r.
-        along: the derivative of r along v, by a central difference; None if it was not asked for.
+        along: the derivative of r along v, by a central difference; None where it was not taken.
         grads: by the parameters and by the samples, of the sum of w * r.
     """
 
@@ -44,15 +49,15 @@ class Both(NamedTuple):
     grads: tuple[Any, Any]
 
 
-def both(function: Any, w: Any, params: Any, floats: Any, v: Any) -> Both:
+def both(function: Any, w: Any, params: Any, floats: Any, v: Any, *, along: bool) -> Both:
     """Run a function of parameters and samples forward and backward; traced."""
 
     def moved(step: float) -> Any:
         return function(*jax.tree.map(lambda a, v: a + step * v, (params, floats), v))
 
     outputs, transposed = jax.vjp(function, params, floats)
-    along = (moved(STEP) - moved(-STEP)) / (2 * STEP)
-    return Both(outputs, along, transposed(w))
+    difference = (moved(STEP) - moved(-STEP)) / (2 * STEP) if along else None
+    return Both(outputs, difference, transposed(w))
 
 
 @cache
@@ -73,13 +78,15 @@ def expected(name: str) -> Both:
     def function(params: Any, floats: Any) -> Any:
         return expected_outputs(ROWS[name].graph, params, {**floats, **ids})
 
-    return jax.device_get(jax.jit(lambda *args: both(function, *args))(w, params, floats, v))
+    return jax.device_get(
+        jax.jit(lambda *args: both(function, *args, along=False))(w, params, floats, v)
+    )
 
 
 @cache
-def sharded(mesh: Mesh) -> dict[str, Both]:
+def sharded(sizes: Sizes) -> dict[str, Both]:
     """Return both directions of every row; one program for all."""
-    placed = {}
+    mesh, placed = mesh_of(sizes), {}
     for name, row in ROWS.items():
         graph = row.graph
         w, params, floats, ids, (v_params, v_floats) = problem(name)
@@ -96,13 +103,13 @@ def sharded(mesh: Mesh) -> dict[str, Both]:
                 x = sole({**floats, **ids})
                 return tpmlp.apply(graph, params, x, mesh=mesh, key=KEY, training=True)
 
-            results[name] = both(function, w, params, floats, v)
+            results[name] = both(function, w, params, floats, v, along=sizes in MOVED)
         return results
 
     return {
         name: Both(
             np.asarray(result.outputs),
-            np.asarray(result.along),
+            jax.device_get(result.along),
             (tpmlp.to_numpy(ROWS[name].graph, result.grads[0]), jax.device_get(result.grads[1])),
         )
         for name, result in run(placed).items()
@@ -114,23 +121,30 @@ def error(got: Any, wanted: Any) -> float:
     return float(np.abs(np.asarray(got) - wanted).max() / np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_an_output_is_that_of_the_plain_function(name, mesh):
-    assert error(sharded(mesh)[name].outputs, expected(name).outputs) <= FLOAT64
+def named(meshes: Iterable[Sizes]) -> Any:
+    """Return the decorator for a test of every row on each of these meshes."""
+    cases = product(meshes, ROWS)
+    parameters = [pytest.param(s, name, id=f"{name_of(s)}-{name}") for s, name in cases]
+    return pytest.mark.parametrize(("sizes", "name"), parameters)
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_every_gradient_is_that_of_the_plain_function(name, mesh):
-    got, wanted = sharded(mesh)[name].grads, expected(name).grads
+@named(SOME)
+def test_an_output_is_that_of_the_plain_function(sizes, name):
+    assert error(sharded(sizes)[name].outputs, expected(name).outputs) <= FLOAT64
+
+
+@named(SOME)
+def test_every_gradient_is_that_of_the_plain_function(sizes, name):
+    got, wanted = sharded(sizes)[name].grads, expected(name).grads
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     worst = jax.tree.leaves(jax.tree.map(error, got, wanted))
     assert max(worst, default=0) <= FLOAT64
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_backward_is_the_adjoint_of_forward(name, mesh):
+@named(MOVED)
+def test_backward_is_the_adjoint_of_forward(sizes, name):
     w, _, _, _, v = problem(name)
-    result = sharded(mesh)[name]
+    result = sharded(sizes)[name]
     forward = np.vdot(result.along, w)
     terms = jax.tree.leaves(jax.tree.map(np.multiply, v, result.grads))
     backward = sum(np.sum(term) for term in terms)
