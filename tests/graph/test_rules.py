@@ -1,4 +1,4 @@
-"""Each row of the rule table is a function and its transpose, on some meshes; every_rule.py: on all.
+"""Each row of the rule table is a function and its transpose, on some meshes (all: every_rule.py).
 
 A failure of an output says that r is wrong on that mesh; of a gradient, which one; of the adjoint,
 that the two directions of a rule do not belong together, whatever the plain function says.
