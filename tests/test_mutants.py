@@ -274,7 +274,7 @@ MUTANTS = {
         "graph/engine.py",
         "g = sum(parts[1:], parts[0])",
         "g = parts[0]",
-        f"{ENGINE}::test_a_residual_over_one_dense_vertex_is_turned[sizes0]",
+        f"{ENGINE}::test_gradients_under_a_strategy_are_jax_grads[row]",
     ),
     "shared parameters with the gradient of one user": Mutant(
         "graph/engine.py",

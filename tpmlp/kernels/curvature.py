@@ -11,7 +11,6 @@ References: Schraudolph 2002, Fast curvature matrix-vector products for second-o
 descent, Neural Computation 14.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -78,7 +77,10 @@ def gauss_newton_product(
     product = jax.tree.map(lambda product, w: product.astype(w.dtype), product, layers)
     if penalty is None:
         return product
+
     # Along v the gradient changes by H_R v. To differentiate R itself JAX would have to run the
     # loops of its sum backwards under reduction="invariant", which it cannot.
-    add_penalty = partial(terms.add_penalty, network=chain, penalty=penalty)
-    return jax.jvp(add_penalty, (layers, product), (v, product))[1]
+    def with_penalty(layers: Layers, product: Layers) -> Layers:
+        return terms.add_penalty(layers, product, chain, penalty)
+
+    return jax.jvp(with_penalty, (layers, product), (v, product))[1]
