@@ -76,6 +76,17 @@ def after(array: jax.Array, other: jax.Array) -> jax.Array:
     return lax.select(never(other), lax.full_like(array, 0), array)
 
 
+def settled(array: jax.Array) -> jax.Array:
+    """Return an array, on CPU as the result of a branch, which no other operation is joined to.
+
+    A sum that many read, itself of such a sum, would be computed anew by each of them, and so on
+    back to the first: the program grows with the square of their number.
+    """
+    if not on_cpu():
+        return array
+    return lax.cond(never(array), jnp.negative, lambda array: array, array)
+
+
 def unknown_zero(beside: jax.Array) -> jax.Array:
     """Return 0, as an int32 that the compiler does not know."""
     return never(beside).astype(jnp.int32)

@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 
 from tpmlp.collectives import all_gather, all_reduce, reduce_scatter, transpose
-from tpmlp.graph.kinds import ActivityL1, Source
+from tpmlp.graph.kinds import ActivityL1, Source, Sum
 from tpmlp.graph.placement import GATHER, WHOLE, GraphPlacement, Node
 from tpmlp.graph.rules import RULES, Given, Rule
 from tpmlp.graph.rules.elementwise import activity_value
 from tpmlp.kernels.execution import Execution, execution
 from tpmlp.kernels.network import param_dtype
-from tpmlp.xla import after, axis_size, differs_over, hold, on_cpu
+from tpmlp.xla import after, axis_size, differs_over, hold, on_cpu, settled
 
 Params = Mapping[str, Mapping[str, jax.Array]]
 Arrays = dict[str, jax.Array]
@@ -223,7 +223,7 @@ class _Walk:
         parts = self.parts.pop(node.name, None)
         if parts is None:
             return  # of ids
-        g = sum(parts[1:], parts[0])
+        g = settled(sum(parts[1:], parts[0])) if len(parts) > 1 else parts[0]
         if node.kind not in (GATHER, WHOLE):
             g = self.in_turn(g)
             self.g[node.name] = g
@@ -378,6 +378,7 @@ def _compute(
     read = tuple(_total(values[name], run) for name in node.inputs)
     whole = _whole(node, params.get(node.owner, {}), read[0], run, placement)
     r, residue = rule_of(node).forward(node, whole, read, given)
+    r = settled(r) if isinstance(node.kind, Sum) else r
     is_output = node.name == placement.graph.output
     return (r if is_output else run.to_compute(r)), residue
 
