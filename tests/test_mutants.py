@@ -284,8 +284,8 @@ MUTANTS = {
     ),
     "an array that is not turned": Mutant(
         "collectives.py",
-        "pairs = [(j * majors + i, i * minors + j) for",
-        "pairs = [(i * minors + j, i * minors + j) for",
+        "device(*divmod(j * majors + i, minors))",
+        "device(i, j)",
         f"{ENGINE}::test_a_residual_over_one_dense_vertex_is_turned[sizes0]",
     ),
     "padding counted in a mean over features": Mutant(

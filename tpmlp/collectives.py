@@ -195,9 +195,17 @@ def turn(signature: str, x: jax.Array, **axes: str) -> jax.Array:
     if len(names) < 2:
         return x
     majors, minors = map(xla.axis_size, names)
-    # Device (i, j), number i * minors + j, holds that block; after, block j * majors + i.
-    pairs = [(j * majors + i, i * minors + j) for i in range(majors) for j in range(minors)]
-    return _moved(lambda x: lax.ppermute(x, names, pairs), x)
+    # JAX wants the axes in the mesh's order, and counts devices in it.
+    ordered = tuple(sorted(names, key=xla.axis_number))
+    steps = (minors, 1) if ordered == names else (1, majors)
+
+    def device(i: int, j: int) -> int:
+        return i * steps[0] + j * steps[1]
+
+    # Device (i, j) of (major, minor) holds block i * minors + j; after, block j * majors + i.
+    places = [(i, j) for i in range(majors) for j in range(minors)]
+    pairs = [(device(*divmod(j * majors + i, minors)), device(i, j)) for i, j in places]
+    return _moved(lambda x: lax.ppermute(x, ordered, pairs), x)
 
 
 def einsum(

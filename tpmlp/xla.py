@@ -28,6 +28,11 @@ def axis_size(axis: str) -> int:
     return jax.sharding.get_abstract_mesh().shape[axis]
 
 
+def axis_number(axis: str) -> int:
+    """Return the place of a mesh axis among those of the shard_map that is being traced."""
+    return jax.sharding.get_abstract_mesh().axis_names.index(axis)
+
+
 def hold(arrays: Any) -> Any:
     """Return arrays, none of which is there before the others are; on CPU, just as they are.
 
