@@ -214,13 +214,6 @@ class Placement(OnMesh):
         """Return the NamedSharding of a layout under the roles of a layer (1-based)."""
         return NamedSharding(self.mesh, self.spec(layout, layer))
 
-    @cached_property
-    def layer_specs(self) -> tuple[tuple[PartitionSpec, PartitionSpec], ...]:
-        """PartitionSpecs of (W_l, b_l), for each layer."""
-        layers = range(1, len(self.words) + 1)
-        W, b = self.param_layouts
-        return tuple((self.spec(W, l), self.spec(b, l)) for l in layers)
-
     def layer_shapes(self, layer: int) -> tuple[tuple[int, int], tuple[int]]:
         """Return the padded shapes of (W_l, b_l)."""
         d_in, d_out = self.padded_widths[layer - 1 : layer + 1]

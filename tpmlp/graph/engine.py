@@ -322,7 +322,7 @@ class _Walk:
 
     def recompute(self, segment: tuple[str, int]) -> None:
         """Run the nodes of a segment forward again, from what is kept before it."""
-        (ready,) = [parts[0] for parts in self.parts.values()][:1]
+        ready = next(iter(self.parts.values()))[0]
         nodes = recomputed_nodes(self.placement, segment)
         inside = {node.name for node in nodes}
         outside = {name for node in nodes for name in node.inputs if name not in inside}
@@ -344,11 +344,8 @@ def recomputed_nodes(placement: GraphPlacement, segment: tuple[str, int]) -> lis
     """Return the nodes of a segment that are computed again: all that some r to be read needs."""
     _, leaves = _segments(placement)
     inside = [node for node in placement.program if node.segment == segment]
-    needed = {
-        node.name
-        for node in inside
-        if rule_of(node).residue or node.name in kept_names(placement) - leaves
-    }
+    read = kept_names(placement) - leaves
+    needed = {node.name for node in inside if rule_of(node).residue or node.name in read}
     for node in reversed(inside):
         needed |= set(node.inputs) if node.name in needed else set()
     return [node for node in inside if node.name in needed]

@@ -141,11 +141,6 @@ class Repeat:
             )
 
     @property
-    def shape(self) -> Shape:
-        """The shape that the blocks read and give."""
-        return self.block.shapes[self.block.output]
-
-    @property
     def last(self) -> str:
         """Name of the vertex that the last block ends with."""
         return f"{self.name}.{self.times - 1}.{self.block.output}"
