@@ -1,8 +1,8 @@
 """What vertices can be: each kind's settings, the shape it gives, the parameters it has.
 
 No arrays: how a kind computes on its devices is in the rules (tpmlp.graph.rules), and what it
-computes, unsharded, in the plain functions that they are checked against (tpmlp.graph.plain). JAX is
-here only to try a user's function without numbers.
+computes, unsharded, in the plain functions that they are checked against (tpmlp.graph.plain). JAX
+is here only to try a user's function without numbers.
 """
 
 import math
