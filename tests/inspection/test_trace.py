@@ -16,7 +16,7 @@ import tpmlp
 from tests.cases import mesh_of, name_of
 from tests.tolerances import FLOAT64
 from tpmlp import reference
-from tpmlp.inspection.depth import Block, _norm, _slopes, size_shares, summarize_depth
+from tpmlp.inspection.depth import Block, _slopes, norms_of, size_shares, summarize_depth
 
 WIDTHS = (17, 12, 20, 10)
 RNG = np.random.default_rng(3)
@@ -178,7 +178,7 @@ def test_shares_of_sizes_are_those_of_the_logical_entries():
 def test_looking_at_a_trace_gathers_no_array():
     run = traced(mesh_of((2, 2, 2)))
     block = Block(run.z[2], run.num_samples, WIDTHS[2])
-    for lowered in (_norm.lower(*block), _slopes.lower(*block, 0.25)):
+    for lowered in (norms_of.lower([block]), _slopes.lower([block], 0.25)):
         audit = tpmlp.audit(lowered.compile())
         assert audit.collectives
         assert {row.kind for row in audit.collectives} == {"all_reduce"}

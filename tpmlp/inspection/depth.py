@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ SATURATED = 0.01
 # float32 does; bins are a quarter of one.
 DECADES_BELOW, MOST_DECADES, BINS_PER_DECADE = 2, 40, 4
 MOST_TICKS = 6
+MOST_NAMES = 40
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,11 +74,15 @@ class DepthSummary:
     __repr__ = __str__
 
 
-class Block(NamedTuple):
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["num_samples", "width"]
+)
+@dataclass(frozen=True, slots=True)
+class Block:
     """An array of a trace, padded, and the part of it that is none.
 
     Attributes:
-        array: [B, d], split over the devices.
+        array: [B, d] or [B, T, d], split over the devices.
         num_samples: logical B.
         width: logical d.
     """
@@ -85,6 +90,23 @@ class Block(NamedTuple):
     array: jax.Array
     num_samples: int
     width: int
+
+    def filled(self, padding: Any) -> jax.Array:
+        """Return the array with another value where it is padded; bfloat16 as float32."""
+        return self.where_inside(self.array, padding)
+
+    def where_inside(self, array: jax.Array, padding: Any) -> jax.Array:
+        """Return an array of this shape with another value where this one is padded."""
+        samples = jax.lax.broadcasted_iota(jnp.int32, array.shape, 0)
+        features = jax.lax.broadcasted_iota(jnp.int32, array.shape, array.ndim - 1)
+        array = array.astype(jnp.float32) if array.dtype == jnp.bfloat16 else array
+        inside = (samples < self.num_samples) & (features < self.width)
+        return jnp.where(inside, array, jnp.asarray(padding, array.dtype))
+
+    @property
+    def size(self) -> int:
+        """Logical number of entries."""
+        return self.num_samples * math.prod(self.array.shape[1:-1]) * self.width
 
 
 def summarize_depth(
@@ -106,12 +128,11 @@ def summarize_depth(
         largest_slope: of the activation; None for the largest that is in `slope`.
     """
     if largest_slope is None:
-        largest_slope = max((float(_largest(*block)) for block in slope), default=0.0)
-    norms = {
-        name: [_norm(*block) for block in blocks] for name, blocks in [("h", h), ("z", z), ("g", g)]
-    }
-    slopes = [_slopes(*block, largest_slope) for block in slope]
-    norms, dW_norms, slopes = jax.device_get((norms, [jnp.linalg.norm(w) for w in dW], slopes))
+        largest_slope = max((float(_largest(block)) for block in slope), default=0.0)
+    seen = {"h": list(h), "z": list(z), "g": list(g)}
+    norms, dW_norms, slopes = jax.device_get(
+        (norms_of(seen), _norms_of_weights(list(dW)), _slopes(list(slope), largest_slope))
+    )
     g_norms = [float(norm) for norm in norms["g"]]
     return DepthSummary(
         layers=tuple(
@@ -131,7 +152,9 @@ def summarize_depth(
     )
 
 
-def plot_depth(quantities: dict[str, Sequence[Block]]) -> Any:
+def plot_depth(
+    quantities: dict[str, Sequence[Block]], *, columns: Sequence[str] | None = None
+) -> Any:
     """Return a matplotlib Figure: for each quantity, how large its entries are in each layer.
 
     A column is one layer, a row one size, the colour the share of the layer's entries that are
@@ -139,10 +162,12 @@ def plot_depth(quantities: dict[str, Sequence[Block]]) -> Any:
 
     Args:
         quantities: what to draw, by label; the blocks of layer 1, 2, ...
+        columns: what the columns are called, where they are not layers.
     """
     make = require("matplotlib.figure", extra="plot", user="Trace.plot").Figure
     depth = max(map(len, quantities.values()))
-    figure = make(figsize=(3 + 0.12 * min(depth, 60), 2.6 * len(quantities)), layout="constrained")
+    size = (3 + 0.12 * min(depth, 60), 2.6 * len(quantities) + (0.8 if columns else 0))
+    figure = make(figsize=size, layout="constrained")
     panels = figure.subplots(len(quantities), 1, sharex=True, squeeze=False)[:, 0]
     drawn = None
     for panel, (label, blocks) in zip(panels, quantities.items(), strict=True):
@@ -152,8 +177,12 @@ def plot_depth(quantities: dict[str, Sequence[Block]]) -> Any:
         figure.colorbar(drawn, ax=panel, label="share of entries")
         panel.set_ylabel(f"$\\log_{{10}}$ |{label}|")
         panel.set_yticks(*_size_ticks(edges))
-    panels[-1].set_xlabel("layer $l$")
-    panels[-1].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    if columns is None:
+        panels[-1].set_xlabel("layer $l$")
+        panels[-1].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    else:
+        named = range(0, depth, math.ceil(depth / MOST_NAMES))
+        panels[-1].set_xticks([i + 1 for i in named], [columns[i] for i in named], rotation=90)
     panels[0].set_title("How large entries are, over depth")
     return figure
 
@@ -179,57 +208,63 @@ def size_shares(blocks: Sequence[Block]) -> tuple[np.ndarray, np.ndarray]:
         edges [K + 1], and shares [len(blocks), K], rows of which add up to 1 (to less where
         entries are NaN or infinite); everything smaller than the lowest edge is in the first bin.
     """
-    largest = [float(_largest(*block)) for block in blocks]
+    largest = [float(_largest(block)) for block in blocks]
     decades = [math.log10(a) for a in largest if 0 < a < math.inf] or [0.0]
     top = math.ceil(max(decades))
     bottom = max(math.floor(min(decades)) - DECADES_BELOW, top - MOST_DECADES)
     edges = np.linspace(bottom, top, (top - bottom) * BINS_PER_DECADE + 1)
     upper = jnp.asarray(edges[1:], jnp.float32)
-    below = np.stack([np.asarray(_below(*block, upper)) for block in blocks])
+    below = np.stack([np.asarray(_below(block, upper)) for block in blocks])
     return edges, np.diff(below, axis=1, prepend=0)
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _norm(array: jax.Array, num_samples: int, width: int) -> jax.Array:
-    a = _unpadded(array, num_samples, width, 0)
+@jax.jit
+def norms_of(blocks: Any) -> Any:
+    """Return the Frobenius norm of every Block of a tree, all by one program.
+
+    Programs that sum over devices must not be many at a time: on CPUs they wait for one another.
+    """
+    return jax.tree.map(_norm, blocks, is_leaf=lambda leaf: isinstance(leaf, Block))
+
+
+def _norm(block: Block) -> jax.Array:
+    a = block.filled(0)
     # Scaled, or squares below 1e-38 would be lost: that is what one looks for.
     scale = jnp.max(jnp.abs(a))
     safe = jnp.where(scale > 0, scale, jnp.ones_like(scale))
     return safe * jnp.sqrt(jnp.sum(jnp.square(a / safe)))
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _slopes(
-    array: jax.Array, num_samples: int, width: int, largest: float
-) -> tuple[jax.Array, jax.Array]:
-    """Return how many units are dead, and the share of entries that are saturated."""
-    a = jnp.abs(_unpadded(array, num_samples, width, 0))
-    padding = array.shape[1] - width
-    dead = jnp.sum(jnp.max(a, axis=0) == 0) - padding
-    small = _unpadded(a <= SATURATED * largest, num_samples, width, False)
-    return dead, jnp.sum(small, dtype=jnp.int32) / (num_samples * width)
+@jax.jit
+def _norms_of_weights(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.linalg.norm(array) for array in arrays]
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _largest(array: jax.Array, num_samples: int, width: int) -> jax.Array:
-    return jnp.max(jnp.abs(_unpadded(array, num_samples, width, 0)))
+@jax.jit
+def _slopes(slopes: list[Block], largest: float) -> list[tuple[jax.Array, jax.Array]]:
+    """Return of each layer how many units are dead, and the share of entries that are saturated."""
+
+    def of(block: Block) -> tuple[jax.Array, jax.Array]:
+        a = jnp.abs(block.filled(0))
+        padding = a.shape[-1] - block.width
+        dead = jnp.sum(jnp.max(a, axis=0) == 0) - padding
+        small = block.where_inside(a <= SATURATED * largest, False)
+        return dead, jnp.sum(small, dtype=jnp.int32) / block.size
+
+    return [of(block) for block in slopes]
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _below(array: jax.Array, num_samples: int, width: int, edges: jax.Array) -> jax.Array:
+@jax.jit
+def _largest(block: Block) -> jax.Array:
+    return jnp.max(jnp.abs(block.filled(0)))
+
+
+@jax.jit
+def _below(block: Block, edges: jax.Array) -> jax.Array:
     """Return the share of entries with log10 |a| at most each edge."""
-    size = jnp.log10(jnp.abs(_unpadded(array, num_samples, width, jnp.inf))).astype(edges.dtype)
+    size = jnp.log10(jnp.abs(block.filled(jnp.inf))).astype(edges.dtype)
     counts = jax.lax.map(lambda edge: jnp.sum(size <= edge, dtype=jnp.int32), edges)
-    return counts / (num_samples * width)
-
-
-def _unpadded(array: jax.Array, num_samples: int, width: int, padding: Any) -> jax.Array:
-    """Return an array with another value where it is padded; bfloat16 as float32."""
-    rows = jax.lax.broadcasted_iota(jnp.int32, array.shape, 0)
-    columns = jax.lax.broadcasted_iota(jnp.int32, array.shape, 1)
-    array = array.astype(jnp.float32) if array.dtype == jnp.bfloat16 else array
-    inside = (rows < num_samples) & (columns < width)
-    return jnp.where(inside, array, jnp.asarray(padding, array.dtype))
+    return counts / block.size
 
 
 def _ratio(this: float, following: float) -> float:

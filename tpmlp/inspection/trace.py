@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import jax
 import numpy as np
@@ -11,12 +11,15 @@ from jax.sharding import Mesh, PartitionSpec
 
 from tpmlp.activations import Activation
 from tpmlp.batch import Batch, place_batch
+from tpmlp.graph.graph import Graph
 from tpmlp.inspection.depth import Block, DepthSummary, plot_depth, summarize_depth
+from tpmlp.inspection.graph_trace import GraphTrace, trace_graph
 from tpmlp.kernels.backprop import Chain
 from tpmlp.model import MLP, Params
-from tpmlp.models import check_is_chain
+from tpmlp.models import Model
 from tpmlp.objective import Objective, make_objective
 from tpmlp.parameters import check_params
+from tpmlp.randomness import check_dropout_key, random_words
 from tpmlp.strategy import Strategy
 
 Name = Literal["h", "z", "sigma_prime", "g"]
@@ -160,9 +163,10 @@ class _Rows(NamedTuple):
     loss: Any
 
 
+@overload
 def trace(
     model: MLP,
-    params: Params,
+    params: Any,
     x: Any,
     y: Any = None,
     *,
@@ -171,7 +175,39 @@ def trace(
     weight: Any = None,
     regularizer: Any = None,
     strategy: Strategy | None = None,
-) -> Trace:
+    key: Any = None,
+) -> Trace: ...
+
+
+@overload
+def trace(
+    model: Graph,
+    params: Any,
+    x: Any,
+    y: Any = None,
+    *,
+    loss: Any,
+    mesh: Mesh,
+    weight: Any = None,
+    regularizer: Any = None,
+    strategy: Strategy | None = None,
+    key: Any = None,
+) -> GraphTrace: ...
+
+
+def trace(
+    model: Model,
+    params: Any,
+    x: Any,
+    y: Any = None,
+    *,
+    loss: Any,
+    mesh: Mesh,
+    weight: Any = None,
+    regularizer: Any = None,
+    strategy: Strategy | None = None,
+    key: Any = None,
+) -> Trace | GraphTrace:
     """Run one forward and backward pass and return what every layer held.
 
     The program is the training step's own, with more outputs; microbatches run as one. Each array
@@ -180,18 +216,19 @@ def trace(
     z_l of the layers that keep="recompute" leaves out. A fault there is one of dW_l or sigma'(z_l).
 
     Args:
-        model: the MLP.
+        model: the MLP, or the Graph: r_v and g_v of every vertex.
         params: placed for this mesh and strategy.
-        x: samples [B, d_0].
+        x: samples, as value_and_grad takes them.
         y: targets, as the loss says.
         loss: as in value_and_grad.
         mesh: the mesh.
         weight: sample weights [B]; 1 by default.
         regularizer: as in value_and_grad; changes grads alone.
         strategy: Strategy() by default.
+        key: from jax.random.key, for a Graph with Dropout.
 
     Returns:
-        A Trace.
+        A Trace, of a Graph a GraphTrace.
 
     Raises:
         ValueError: as for a step of value_and_grad.
@@ -205,12 +242,16 @@ def trace(
         >>> t.g[1].shape, t.logical("g", 1).shape
         ((3, 8), (3, 6))
     """
-    check_is_chain(model, "trace")
     objective = make_objective(
         model, loss=loss, mesh=mesh, regularizer=regularizer, strategy=strategy
     )
     params = check_params(model, params, objective.placement)
     batch = place_batch(objective.placement, objective.loss, Batch(x, y, weight))
+    keys = check_dropout_key(model, key)
+    num_samples = np.shape(jax.tree.leaves(x)[0])[0]
+    if isinstance(model, Graph):
+        words = random_words(keys[0]) if keys else None
+        return trace_graph(objective, params, batch, words, num_samples)
     rows = _traced(objective)(params, batch)
     return Trace(
         h=ByLayer("h", [batch.x, *rows.h]),
@@ -221,7 +262,7 @@ def trace(
         loss=rows.loss,
         activation=model.sigma,
         widths=model.widths,
-        num_samples=np.shape(x)[0],
+        num_samples=num_samples,
     )
 
 
