@@ -4,7 +4,8 @@ Arrays are whole, at logical widths, samples first; gradients are jax.grad's. No
 with the rules but the activations and the random bits of dropout.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import jax
@@ -39,34 +40,39 @@ def outputs(
         added: what is added to r of vertices; the gradient by it is g of the vertex.
     """
     values: dict[str, jax.Array] = {}
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        for vertex in graph.order:
-            r = inputs[vertex.name] if isinstance(vertex.kind, kinds.Source) else None
-            if r is None:
-                mine = params.get(vertex.share or vertex.name, {})
-                read = [values[name] for name in vertex.inputs]
-                r = _compute(vertex, mine, read, words)
-            if added and vertex.name in added:
-                r = r + added[vertex.name]
-            values[vertex.name] = r
+    for vertex in graph.order:
+        r = inputs[vertex.name] if isinstance(vertex.kind, kinds.Source) else None
+        if r is None:
+            mine = params.get(vertex.share or vertex.name, {})
+            r = compute(vertex, mine, [values[name] for name in vertex.inputs], words)
+        if added and vertex.name in added:
+            r = r + added[vertex.name]
+        values[vertex.name] = r
     return values
 
 
 def activity(graph: Structure, values: Mapping[str, jax.Array], share: jax.Array) -> jax.Array:
     """Return what vertices add to the objective; `share` [B] is what each sample counts."""
-    total = jnp.zeros(())
-    for vertex in graph.order:
-        if isinstance(vertex.kind, kinds.ActivityL1):
-            sizes = jnp.abs(values[vertex.name]).sum(axis=-1)
-            sizes = sizes if sizes.ndim == 1 else sizes.mean(axis=1)
-            total = total + vertex.kind.coefficient * jnp.sum(sizes * share)
-    return total
+    return sum((activity_of(v, values[v.name], share) for v in graph.order), jnp.zeros(()))
 
 
-def _compute(vertex: Vertex, params: Any, inputs: Any, words: jax.Array | None) -> jax.Array:
-    if isinstance(vertex.kind, kinds.Dropout):
-        return _dropout(vertex.kind, vertex.name, inputs[0], words)
-    return PLAIN[type(vertex.kind)](vertex.kind, params, *inputs)
+def activity_of(vertex: Vertex, r: jax.Array, share: jax.Array) -> jax.Array:
+    """Return what one vertex adds to the objective."""
+    if not isinstance(vertex.kind, kinds.ActivityL1):
+        return jnp.zeros(())
+    sizes = jnp.abs(r).sum(axis=-1)
+    sizes = sizes if sizes.ndim == 1 else sizes.mean(axis=1)
+    return vertex.kind.coefficient * jnp.sum(sizes * share)
+
+
+def compute(
+    vertex: Vertex, params: Any, inputs: Sequence[jax.Array], words: jax.Array | None
+) -> jax.Array:
+    """Compute r of one vertex from its parameters and its inputs."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        if isinstance(vertex.kind, kinds.Dropout):
+            return _dropout(vertex.kind, vertex.name, inputs[0], words)
+        return PLAIN[type(vertex.kind)](vertex.kind, params, *inputs)
 
 
 def _dense(kind: Any, params: Any, h: jax.Array) -> jax.Array:
@@ -79,7 +85,7 @@ def _sum(kind: Any, params: Any, *inputs: jax.Array) -> jax.Array:
 
 
 def _product(kind: Any, params: Any, *inputs: jax.Array) -> jax.Array:
-    return jnp.prod(jnp.stack(inputs), axis=0)
+    return reduce(jnp.multiply, inputs)
 
 
 def _rms_norm(kind: Any, params: Any, h: jax.Array) -> jax.Array:

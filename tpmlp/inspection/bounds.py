@@ -45,7 +45,8 @@ class Operation:
 
     Attributes:
         tensor: for example "dW_2".
-        layer: l, 1-based; of the layer whose forward or backward pass computes it.
+        layer: l, 1-based, of the layer whose forward or backward pass computes it; of a Graph the
+            vertex's name.
         phase: of the step.
         computed: what the run computed, padded, on its devices.
         exact: the same operation on the same inputs, in float64, without padding.
@@ -54,7 +55,7 @@ class Operation:
     """
 
     tensor: str
-    layer: int
+    layer: int | str
     phase: Phase
     computed: jax.Array
     exact: np.ndarray
@@ -154,7 +155,15 @@ def operations(
         )
         if l < num_layers:
             yield _hidden(trace, l, z, sigma(z), sigma_prime(z), roundoff)
-    yield from _loss_operations(trace, run("z", num_layers), y, loss, weight, roundoff)
+    yield from loss_operations(
+        (f"g_{num_layers}", num_layers),
+        run("z", num_layers),
+        y,
+        weight,
+        loss=loss,
+        computed=(trace.loss, trace.g[num_layers]),
+        u=max(roundoff.total, unit_roundoff(trace.z[num_layers].dtype)),
+    )
     for l in range(num_layers, 0, -1):
         g, h = run("g", l), run("h", l)
         dW, db = trace.grads[l - 1]
@@ -190,7 +199,7 @@ def _hidden(
         phase="forward",
         computed=trace.h[l + 1],
         exact=exact,
-        bound=each * condition + _stored(trace.h[l + 1], roundoff, exact),
+        bound=each * condition + stored(trace.h[l + 1], roundoff, exact),
         has_samples=True,
     )
 
@@ -236,28 +245,39 @@ def _product(
         phase=phase,
         computed=computed,
         exact=exact,
-        bound=bound + _stored(computed, roundoff, exact),
+        bound=bound + stored(computed, roundoff, exact),
         has_samples=has_samples,
     )
 
 
-def _loss_operations(
-    trace: Any,
+def loss_operations(
+    name: tuple[str, int | str],
     z: np.ndarray,
     y: Any,
-    loss: reference.Loss,
     weight: np.ndarray,
-    roundoff: Roundoff,
+    *,
+    loss: reference.Loss,
+    computed: tuple[jax.Array, jax.Array],
+    u: float,
 ) -> Iterator[Operation]:
-    """Yield the loss and g_{L+1}.
+    """Yield the loss and g of the outputs.
 
     Each sample's loss and gradient are sums over C outputs of functions of z - max z, whose
     rounding is amplified by its size: |z| + |max z| + C + the elementwise roundings, times the
     sizes of what is added. The mean over the batch adds one sum of B. The loss has the outputs'
     type, the parameters' own.
+
+    Args:
+        name: of g, and of what gives the outputs.
+        z: outputs [B, C] in float64.
+        y: targets of each.
+        weight: of each.
+        loss: a loss of tpmlp.reference.
+        computed: the run's loss, and its g, whose last dim is C and the others the B of z.
+        u: unit roundoff of the outputs' type.
     """
-    last = len(trace.z)
-    (batch, num_outputs), u = z.shape, max(roundoff.total, unit_roundoff(trace.z[last].dtype))
+    tensor, last = name
+    batch, num_outputs = z.shape
     per_sample, gradient = loss(z.T, y)
     scale = weight / weight.sum() if loss.reduction == "mean" else weight
     spread = 2 * np.abs(z).max(axis=1)
@@ -267,24 +287,25 @@ def _loss_operations(
         tensor="loss",
         layer=last,
         phase="loss",
-        computed=trace.loss,
+        computed=computed[0],
         exact=np.asarray((scale * per_sample).sum()),
         bound=np.asarray((scale * size * (roundings * u + _gamma(2 * batch + 2, u))).sum()),
     )
     target = np.abs(gradient) + (loss.reduction == "mean")
     bound = scale * target * (roundings * u + _gamma(batch + 2, u))
+    shape = (-1, *computed[1].shape[1:-1], num_outputs)
     yield Operation(
-        tensor=f"g_{last}",
+        tensor=tensor,
         layer=last,
         phase="loss",
-        computed=trace.g[last],
-        exact=(gradient * scale).T,
-        bound=bound.T,
+        computed=computed[1],
+        exact=(gradient * scale).T.reshape(shape),
+        bound=bound.T.reshape(shape),
         has_samples=True,
     )
 
 
-def _stored(computed: jax.Array, roundoff: Roundoff, exact: np.ndarray) -> np.ndarray | float:
+def stored(computed: jax.Array, roundoff: Roundoff, exact: np.ndarray) -> np.ndarray | float:
     """Return the error of rounding a result to the type in which it is kept."""
     u = unit_roundoff(computed.dtype)
     return 2 * u * np.abs(exact) if u > roundoff.total else 0.0

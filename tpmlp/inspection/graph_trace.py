@@ -3,6 +3,7 @@
 r_v = F_{W_v}(r of the in-neighbours of v),   g_v = grad_{r_v} of the objective without R
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args
@@ -155,9 +156,8 @@ class GraphTrace:
         Examples:
             >>> import jax, numpy as np, tpmlp
             >>> from tpmlp.graph import Dense, Input, Sum, Vertex
-            >>> graph = tpmlp.Graph(
-            ...     [Vertex("x", Input(2)), Vertex("z", Dense(2), "x"), Vertex("out", Sum(), "x", "z")]
-            ... )
+            >>> z, out = Vertex("z", Dense(2), "x"), Vertex("out", Sum(), "x", "z")
+            >>> graph = tpmlp.Graph([Vertex("x", Input(2)), z, out])
             >>> mesh, ones = tpmlp.make_mesh(x=2), np.ones((2, 2), np.float32)
             >>> params = tpmlp.from_numpy(graph, {"z": {"W": ones, "b": ones[0]}}, mesh)
             >>> print(tpmlp.trace(graph, params, np.eye(2), loss="output", mesh=mesh).summary())
@@ -192,7 +192,9 @@ class GraphTrace:
             ModuleNotFoundError: matplotlib is missing.
         """
         names = self._features("g")
-        blocks = {f"${name}_v$": [self._block(name, v) for v in names] for name in NAMES}
+        blocks: dict[str, Sequence[Block]] = {
+            f"${name}_v$": [self._block(name, v) for v in names] for name in NAMES
+        }
         return plot_depth(blocks, columns=names)
 
     def _features(self, name: Name) -> list[str]:
