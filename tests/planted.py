@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from tpmlp.graph.rules.rule import Rule
+
 
 @contextmanager
 def planted(file: str, old: str, new: str) -> Iterator[None]:
@@ -31,24 +33,28 @@ def planted(file: str, old: str, new: str) -> Iterator[None]:
     try:
         yield
     finally:
-        for owner, name, value in places:
-            setattr(owner, name, value)
+        for namespace, name, value in places:
+            namespace[name] = value
         vars(module).update(before)
         _forget()
 
 
 def _is_own(value: Any, module: ModuleType) -> bool:
-    return callable(value) and getattr(value, "__module__", None) == module.__name__
+    """Return whether a value is a module's own function or class, or a rule that holds some."""
+    is_defined = callable(value) and getattr(value, "__module__", None) == module.__name__
+    return is_defined or isinstance(value, Rule)
 
 
-def _rebind(swapped: dict[int, Any]) -> list[tuple[ModuleType, str, Any]]:
-    """Replace values wherever a module has them; return where, and what was there."""
+def _rebind(swapped: dict[int, Any]) -> list[tuple[dict[Any, Any], Any, Any]]:
+    """Replace values wherever a module, or a table of one, has them; return where, and what was."""
     places = []
     for module in _modules():
-        for name, value in list(vars(module).items()):
-            if id(value) in swapped and swapped[id(value)] is not value:
-                places.append((module, name, value))
-                setattr(module, name, swapped[id(value)])
+        tables = [table for table in vars(module).values() if type(table) is dict]
+        for namespace in [vars(module), *tables]:
+            for name, value in list(namespace.items()):
+                if id(value) in swapped and swapped[id(value)] is not value:
+                    places.append((namespace, name, value))
+                    namespace[name] = swapped[id(value)]
     return places
 
 

@@ -53,14 +53,15 @@ def outputs(
 
 def activity(graph: Structure, values: Mapping[str, jax.Array], share: jax.Array) -> jax.Array:
     """Return what vertices add to the objective; `share` [B] is what each sample counts."""
-    return sum((activity_of(v, values[v.name], share) for v in graph.order), jnp.zeros(()))
+    read = [(v, values[v.inputs[0]]) for v in graph.order if v.inputs]
+    return sum((activity_of(vertex, h, share) for vertex, h in read), jnp.zeros(()))
 
 
-def activity_of(vertex: Vertex, r: jax.Array, share: jax.Array) -> jax.Array:
-    """Return what one vertex adds to the objective."""
+def activity_of(vertex: Vertex, h: jax.Array, share: jax.Array) -> jax.Array:
+    """Return what one vertex that reads h adds to the objective."""
     if not isinstance(vertex.kind, kinds.ActivityL1):
         return jnp.zeros(())
-    sizes = jnp.abs(r).sum(axis=-1)
+    sizes = jnp.abs(h).sum(axis=-1)
     sizes = sizes if sizes.ndim == 1 else sizes.mean(axis=1)
     return vertex.kind.coefficient * jnp.sum(sizes * share)
 

@@ -9,6 +9,7 @@ inputs and g_v; how far rounding may have put them is a running error (inspectio
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -224,9 +225,14 @@ class _Data:
             r = plain.outputs(graph, params, x, words=self.words, added=added)
             return (r[graph.output], plain.activity(graph, r, share)), r
 
-        (outputs, _), back, r = jax.vjp(run, params, zeros, has_aux=True)
-        loss, g = self.loss_and_gradient(np.asarray(outputs))
-        grads, by_vertex = back((jnp.asarray(g), jnp.ones(())))
+        r = jax.jit(lambda: run(params, zeros)[1])()
+        loss, g = self.loss_and_gradient(np.asarray(r[graph.output]))
+
+        def back(g: jax.Array) -> Any:
+            _, pull, _ = jax.vjp(run, params, zeros, has_aux=True)
+            return pull((g, jnp.ones(())))
+
+        grads, by_vertex = jax.jit(back)(g)
         return _Oracle(r=r, g=by_vertex, grads=grads, loss=loss)
 
 
@@ -254,8 +260,7 @@ class _Steps:
         for vertex in self.graph.order:
             if isinstance(vertex.kind, kinds.Source):
                 continue
-            (params, floats), run = self.given(vertex)
-            found = self.bounded(vertex, lambda p, h, run=run: run(p, h)[0], (params, floats))
+            found = self.bounded(_forward, vertex)
             if found is not None:
                 computed = self.run.r[vertex.name]
                 yield self.operation(f"r[{vertex.name}]", vertex.name, "forward", computed, found)
@@ -294,43 +299,23 @@ class _Steps:
 
     def back_through(self, vertex: Vertex) -> Iterator[tuple[str, Bounded | None]]:
         """Yield what a vertex passes back, by tensor; None where its rounding is not known."""
-        (params, floats), run = self.given(vertex)
-        g = _wide(self.run.logical("g", vertex.name))
+        owner = vertex.share or vertex.name
+        floats = [i for i, name in enumerate(vertex.inputs) if name in self.run.g]
+        found = self.bounded(_backward, vertex, _wide(self.run.logical("g", vertex.name)))
+        by_params, by_inputs = ({}, {}) if found is None else found
+        for name in self.data.params.get(owner, {}):
+            yield f"d[{owner}.{name}]", by_params.get(name)
+        for i in floats:
+            yield f"g[{vertex.inputs[i]}]", by_inputs.get(i)
 
-        def back(params: Any, floats: Any, g: jax.Array) -> Any:
-            _, pull = jax.vjp(run, params, floats)
-            return pull((g, jnp.ones(())))
-
-        found = self.bounded(vertex, back, (params, floats, g))
-        by_params, by_inputs = found if found is not None else (params, floats)
-        known = found is not None
-        for name, part in by_params.items():
-            yield f"d[{vertex.share or vertex.name}.{name}]", part if known else None
-        for position, part in by_inputs.items():
-            yield f"g[{vertex.inputs[position]}]", part if known else None
-
-    def given(self, vertex: Vertex) -> tuple[tuple[Any, dict[int, Any]], Callable[..., Any]]:
-        """Return a vertex's parameters and inputs, and its function of these: r and what it adds.
-
-        Inputs are by position; ids are part of the function.
-        """
-        graph, data = self.graph, self.data
+    def bounded(self, run: Callable[..., Any], vertex: Vertex, *args: Any) -> Any:
+        """Return what a pass of a vertex gives with its errors; None where they are not known."""
+        data = self.data
         params = _wide(data.params.get(vertex.share or vertex.name, {}))
         inputs = [_wide(self.run.logical("r", name)) for name in vertex.inputs]
-        is_float = [graph.shapes[name].width is not None for name in vertex.inputs]
-        floats = {i: a for i, a in enumerate(inputs) if is_float[i]}
-
-        def run(params: Any, floats: dict[int, Any]) -> tuple[jax.Array, jax.Array]:
-            read = [floats.get(i, a) for i, a in enumerate(inputs)]
-            r = plain.compute(vertex, params, read, data.words)
-            return r, plain.activity_of(vertex, r, jnp.asarray(data.share))
-
-        return (params, floats), run
-
-    def bounded(self, vertex: Vertex, function: Callable[..., Any], args: Any) -> Any:
-        """Return what a function gives with its errors; None where they are not known."""
+        static = _alike(vertex), self.roundoff, self.of_inputs
         try:
-            return with_errors(function, args, self.roundoff, of_inputs=self.of_inputs)
+            return run(*static, params, inputs, data.words, data.share, *args)
         except NotImplementedError as unknown:
             if self.kind != "float32":
                 return None
@@ -378,6 +363,66 @@ class _Steps:
             bound=np.asarray(found.error) + stored(computed, self.roundoff, exact),
             has_samples=has_samples,
         )
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _forward(
+    vertex: Vertex,
+    roundoff: Roundoff,
+    of_inputs: float,
+    params: Any,
+    inputs: list[jax.Array],
+    words: jax.Array | None,
+    share: jax.Array,
+) -> Bounded:
+    """Return r of a vertex."""
+    run, floats = _function_of(vertex, inputs, words, share)
+    args = params, floats
+    return with_errors(lambda *args: run(*args)[0], args, roundoff, of_inputs=of_inputs)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _backward(
+    vertex: Vertex,
+    roundoff: Roundoff,
+    of_inputs: float,
+    params: Any,
+    inputs: list[jax.Array],
+    words: jax.Array | None,
+    share: jax.Array,
+    g: jax.Array,
+) -> tuple[dict[str, Bounded], dict[int, Bounded]]:
+    """Return what a vertex passes back to its parameters, and to its inputs by position."""
+    run, floats = _function_of(vertex, inputs, words, share)
+
+    def back(params: Any, floats: Any, g: jax.Array) -> Any:
+        _, pull = jax.vjp(run, params, floats)
+        return pull((g, jnp.ones(())))
+
+    return with_errors(back, (params, floats, g), roundoff, of_inputs=of_inputs)
+
+
+def _function_of(
+    vertex: Vertex, inputs: list[jax.Array], words: jax.Array | None, share: jax.Array
+) -> tuple[Callable[..., Any], dict[int, jax.Array]]:
+    """Return r of a vertex and what it adds as a function of (params, floats), and the floats.
+
+    These are inputs by position; ids are part of the function.
+    """
+    floats = {i: a for i, a in enumerate(inputs) if jnp.issubdtype(a.dtype, jnp.floating)}
+
+    def run(params: Any, floats: dict[int, Any]) -> tuple[jax.Array, jax.Array]:
+        read = [floats.get(i, a) for i, a in enumerate(inputs)]
+        r = plain.compute(vertex, params, read, words)
+        return r, plain.activity_of(vertex, read[0], share)
+
+    return run, floats
+
+
+def _alike(vertex: Vertex) -> Vertex:
+    """Return a vertex that is equal for all that compute the same: they share a program."""
+    name = vertex.name if isinstance(vertex.kind, kinds.Dropout) else "alike"
+    return Vertex(name, vertex.kind, *map(str, range(len(vertex.inputs))))
 
 
 def _pairs(

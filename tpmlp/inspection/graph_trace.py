@@ -109,7 +109,7 @@ class GraphTrace:
 
     Attributes:
         r: what each vertex gives.
-        g: the gradient of the data loss, and of what vertices add to it, by r_v; not of ids.
+        g: the gradient by r_v of the data loss and of what later vertices add to it; not of ids.
         grads: {vertex: {parameter: gradient}}, R included where it is elementwise.
         loss: the data loss, a scalar.
         graph: the model.

@@ -94,7 +94,8 @@ def _constant(array: Any, roundoff: Roundoff) -> Bounded:
     constant = _given(array, roundoff.total)
     if constant.error is None:
         return constant
-    is_whole = jnp.round(jnp.real(constant.value)) == constant.value
+    parts = jnp.real(constant.value), jnp.imag(constant.value)
+    is_whole = jnp.all(jnp.stack([jnp.round(part) == part for part in parts]), axis=0)
     return Bounded(constant.value, jnp.where(is_whole, 0.0, constant.error))
 
 
@@ -136,6 +137,8 @@ class _Run:
             return [Bounded(value, None) for value in values]
         if eqn.primitive.name in MOVES:
             return [Bounded(*pair) for pair in zip(values, _moved(eqn, operands), strict=True)]
+        if len(values) > 1:
+            raise NotImplementedError(eqn.primitive.name)
         (value,) = values
         return [Bounded(value, self.error(eqn, operands, value))]
 
@@ -192,9 +195,12 @@ class _Run:
         arrays = [o.value if o.error is None else jnp.abs(o.value) for o in operands]
         moved = [o.value if o.error is None else e for o, e in zip(operands, errors, strict=True)]
         (sizes,), (carried,) = _bind(eqn, arrays), _bind(eqn, moved)
-        num_terms = max(operand.value.size for operand in operands) // max(1, sizes.size) + 1
-        if eqn.primitive.name.startswith("scatter"):
-            num_terms = operands[1].value.size + 1
+        if eqn.primitive.name == "reduce_sum":
+            num_terms = operands[0].value.size // max(1, sizes.size)
+        elif eqn.primitive.name == "cumsum":
+            num_terms = operands[0].value.shape[eqn.params["axis"]]
+        else:
+            num_terms = operands[1].value.size + 1  # all may be added to one entry
         return self.roundoff.of_product(num_terms) * sizes + carried
 
     def power(self, values: list[Any], errors: list[Any], result: jax.Array) -> jax.Array:
