@@ -213,7 +213,12 @@ class _Walk:
             if node.segment is not None and node.segment != segment:
                 self.recompute(node.segment)
             segment = node.segment
+            rebuilt = self.rebuilt
+            if node.name not in self.trained:
+                # What is built again after a g that nobody may want is not for others to read.
+                self.rebuilt = dict(rebuilt)
             self.step(node)
+            self.rebuilt = rebuilt
             self.rebuilt.pop(node.name, None)
         sources = {vertex.name for vertex in self.placement.graph.sources}
         return Backward(self.grads, self.g, {n: g for n, g in self.g.items() if n in sources})
@@ -322,7 +327,8 @@ class _Walk:
 
     def recompute(self, segment: tuple[str, int]) -> None:
         """Run the nodes of a segment forward again, from what is kept before it."""
-        ready = next(iter(self.parts.values()))[0]
+        wanted = [parts for name, parts in self.parts.items() if name in self.trained]
+        ready = (wanted or list(self.parts.values()))[0][0]
         nodes = recomputed_nodes(self.placement, segment)
         inside = {node.name for node in nodes}
         outside = {name for node in nodes for name in node.inputs if name not in inside}
