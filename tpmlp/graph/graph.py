@@ -170,12 +170,13 @@ class Graph(Structure):
         Returns:
             A GraphSummary; print it.
         """
+        penalty = get_regularizer(regularizer)
         return summarize_graph(
             self.place(mesh, strategy),
             batch_size=check_count("batch_size", batch_size, "Give the samples of one step."),
             dtype=check_dtype("dtype", jnp.float32 if dtype is None else dtype),
             loss=None if loss is None else get_loss(loss),
-            penalty=isinstance(get_regularizer(regularizer), ElementwisePenalty),
+            penalty=penalty if isinstance(penalty, ElementwisePenalty) else None,
         )
 
     def plot(self) -> Any:

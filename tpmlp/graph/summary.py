@@ -11,6 +11,7 @@ from tpmlp.graph.placement import GATHER, TURN, WHOLE, GraphPlacement, Node
 from tpmlp.kernels.cost import Collective, total_bytes
 from tpmlp.layout import padded
 from tpmlp.losses import Loss
+from tpmlp.regularizers import ElementwisePenalty
 from tpmlp.table import format_bytes, text_table
 
 ADDED = (GATHER, TURN, WHOLE)
@@ -100,7 +101,7 @@ def summarize_graph(
     batch_size: int,
     dtype: str,
     loss: Loss | None = None,
-    penalty: bool = False,
+    penalty: ElementwisePenalty | None = None,
 ) -> GraphSummary:
     """Return what one device holds and what a training step moves.
 
@@ -109,7 +110,7 @@ def summarize_graph(
         batch_size: samples of one step.
         dtype: of the parameters.
         loss: the loss; None leaves its collectives out.
-        penalty: whether there is an elementwise R(W).
+        penalty: an elementwise R(W), or None.
     """
     moved = step_collectives(
         placement, batch_size=batch_size, dtype=dtype, loss=loss, penalty=penalty
