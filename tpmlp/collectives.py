@@ -12,6 +12,7 @@ A collective over an axis of size 1 is nothing, and nothing is what is emitted.
 """
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import jax
@@ -38,12 +39,16 @@ __all__ = [
     "all_reduce_max",
     "block_index",
     "einsum",
+    "per_stage",
     "reduce_scatter",
     "reduce_scatter_in_tree",
     "shift",
+    "shift_and_turn",
+    "stage_index",
     "transpose",
     "tree_sum",
     "turn",
+    "turn_in_group",
     "vary_like",
     "zeros",
 ]
@@ -170,9 +175,7 @@ def shift(layout: str, x: jax.Array, role: str, by: int, **axes: str) -> jax.Arr
         LayoutError: the layout does not describe x.
     """
     _check_operand(parse_signature(f"{layout} -> {layout}"), parse_layout(layout), x, axes)
-    size = xla.axis_size(axes[role])
-    pairs = [((i + by) % size, i) for i in range(size)]
-    return _moved(lambda x: lax.ppermute(x, axes[role], pairs), x)
+    return _permuted(x, (), (axes[role], by))
 
 
 def turn(signature: str, x: jax.Array, **axes: str) -> jax.Array:
@@ -188,24 +191,84 @@ def turn(signature: str, x: jax.Array, **axes: str) -> jax.Array:
     Raises:
         LayoutError: the signature does no such thing, or does not describe x.
     """
-    parsed = parse_signature(signature)
-    (major, minor) = turned(parsed)
-    _check_operand(parsed, parsed.operands[0], x, axes)
-    names = _live((major, minor), axes)
-    if len(names) < 2:
+    return _permuted(x, _turned_names(signature, x, axes), None)
+
+
+def shift_and_turn(signature: str, x: jax.Array, role: str, by: int, **axes: str) -> jax.Array:
+    """Do `shift` and `turn` at once: receive the block of a device further along, turned.
+
+    Args:
+        signature: of the turn.
+        x: the local block.
+        role: the axis to go along.
+        by: places, positive or negative.
+        **axes: mesh axis of each role.
+    """
+    return _permuted(x, _turned_names(signature, x, axes), (axes[role], by))
+
+
+def turn_in_group(signature: str, x: jax.Array, **axes: str) -> jax.Array:
+    """Do `turn` by an all-gather, of which each device keeps its block; M times the words.
+
+    A permutation is one meeting of all devices of a program: where stages are at different tasks,
+    those of one stage can only gather or sum.
+    """
+    names = _turned_names(signature, x, axes)
+    if not names:
         return x
-    majors, minors = map(xla.axis_size, names)
+    whole = _moved(lambda x: lax.all_gather(x, names, axis=0, tiled=True, to="invarying"), x)
+    major, minor = (lax.axis_index(name) for name in names[::-1])
+    first = (major * xla.axis_size(names[0]) + minor) * x.shape[0]
+    return lax.dynamic_slice_in_dim(whole, first, x.shape[0], 0)
+
+
+def _turned_names(signature: str, x: jax.Array, axes: dict[str, str]) -> tuple[str, ...]:
+    """Return the mesh axes that a turn exchanges, major first; none where one has size 1."""
+    parsed = parse_signature(signature)
+    roles = turned(parsed)
+    _check_operand(parsed, parsed.operands[0], x, axes)
+    names = _live(roles, axes)
+    return names if len(names) == 2 else ()
+
+
+def _permuted(x: jax.Array, turns: tuple[str, ...], shifts: tuple[str, int] | None) -> jax.Array:
+    """Move blocks to where they are when two axes are exchanged and one is gone along.
+
+    Args:
+        x: the local block.
+        turns: major and minor axis of a dim, or none.
+        shifts: an axis, and how many places along it a block comes from; or None.
+    """
+    along = () if shifts is None else shifts[:1]
     # JAX wants the axes in the mesh's order, and counts devices in it.
-    ordered = tuple(sorted(names, key=xla.axis_number))
-    steps = (minors, 1) if ordered == names else (1, majors)
+    names = tuple(sorted((*turns, *along), key=xla.axis_number))
+    if not names:
+        return x
+    sizes = {name: xla.axis_size(name) for name in names}
 
-    def device(i: int, j: int) -> int:
-        return i * steps[0] + j * steps[1]
+    def number(place: dict[str, int]) -> int:
+        count = 0
+        for name in names:
+            count = count * sizes[name] + place[name]
+        return count
 
-    # Device (i, j) of (major, minor) holds block i * minors + j; after, block j * majors + i.
-    places = [(i, j) for i in range(majors) for j in range(minors)]
-    pairs = [(device(*divmod(j * majors + i, minors)), device(i, j)) for i, j in places]
-    return _moved(lambda x: lax.ppermute(x, ordered, pairs), x)
+    def source(place: dict[str, int]) -> dict[str, int]:
+        place = dict(place)
+        if shifts is not None:
+            name, by = shifts
+            place[name] = (place[name] + by) % sizes[name]
+        if turns:
+            major, minor = turns
+            # After, device (i, j) holds block j * majors + i, which device divmod(.., minors) has.
+            block = place[minor] * sizes[major] + place[major]
+            place[major], place[minor] = divmod(block, sizes[minor])
+        return place
+
+    places = [
+        dict(zip(names, at, strict=True)) for at in product(*(range(sizes[name]) for name in names))
+    ]
+    pairs = [(number(source(place)), number(place)) for place in places]
+    return _moved(lambda x: lax.ppermute(x, names, pairs), x)
 
 
 def einsum(
@@ -274,6 +337,21 @@ def vary_like(x: jax.Array, other: jax.Array) -> jax.Array:
     return lax.pcast(x, names, to="varying") if names else x
 
 
+def per_stage(tree: Any) -> Any:
+    """Return arrays that may come to differ from stage to stage."""
+
+    def differ(x: jax.Array) -> jax.Array:
+        varies = xla.axis_size("stage") == 1 or "stage" in xla.differs_over(x)
+        return x if varies else lax.pcast(x, ("stage",), to="varying")
+
+    return jax.tree.map(differ, tree)
+
+
+def stage_index() -> jax.Array:
+    """Return the index of this device's stage."""
+    return lax.axis_index("stage")
+
+
 def block_index(dim: str, **axes: str) -> jax.Array | int:
     """Return the index of this device's block of a dim, for example of "O/g/s".
 
@@ -332,6 +410,8 @@ def _check_operand(signature: Signature, layout: Layout, x: jax.Array, axes: dic
         raise signature.refuse(f"uses axes {sorted(unbound)} that are not bound: got {axes}.")
     claimed = set(_live(tuple(layout.axes), axes))
     varying = {n for n in jax.typeof(x).manual_axis_type.varying if xla.axis_size(n) > 1}
+    # A layout that does not name the stages tells where an array of one stage lives.
+    varying -= {"stage"} - claimed
     if claimed != varying:
         raise signature.refuse(
             f'calls an array "{layout}", which differs over mesh axes {sorted(claimed)}: the array '

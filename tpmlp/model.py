@@ -9,7 +9,7 @@ padded with zeros to widths that the mesh divides (tpmlp.parameters).
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -22,8 +22,12 @@ from tpmlp.activations import Activation, get_activation
 from tpmlp.checks import check_count, check_dtype, check_key
 from tpmlp.draw import draw_layers
 from tpmlp.kernels.backprop import Chain
+from tpmlp.layout import padded
 from tpmlp.losses import get_loss
-from tpmlp.placement import ParameterSpec, Placement, place
+from tpmlp.pipeline.executor import Pipeline
+from tpmlp.pipeline.placement import PipelinePlacement, place_stages
+from tpmlp.pipeline.staged import Staged, staged_specs, to_stages
+from tpmlp.placement import ParameterSpec, Placement, check_strategy, place, place_chain
 from tpmlp.regularizers import ElementwisePenalty, get_regularizer
 from tpmlp.strategy import Strategy
 from tpmlp.summary import Summary, summarize
@@ -102,27 +106,41 @@ class MLP:
 
     def place(self, mesh: Mesh, strategy: Strategy | None = None) -> Any:
         """Return where the layers live on a mesh under a strategy."""
-        return place(self.widths, mesh, strategy)
+        strategy = check_strategy(strategy, mesh)
+        if mesh.shape["stage"] > 1:
+            return place_stages(self.widths, self.bias, mesh, strategy)
+        return place_chain(self.widths, mesh, strategy)
 
     def network(self, placement: Any) -> Any:
         """Return what the kernel runs."""
-        return Chain(placement, self.sigma)
+        of_stages = isinstance(placement, PipelinePlacement)
+        return Pipeline(placement, self.sigma) if of_stages else Chain(placement, self.sigma)
 
     def shardings(self, placement: Any) -> Any:
         """Return the sharding of every parameter, in their structure."""
+        if isinstance(placement, PipelinePlacement):
+            return placement.shardings
         W, b = placement.param_layouts
         return tuple(
             (placement.sharding(W, l), placement.sharding(b, l) if self.bias else None)
             for l in range(1, self.num_layers + 1)
         )
 
-    def structured(self, params: Any) -> Params:
+    def specs(self, params: Any) -> Any:
+        """Return what each array is, in the structure that parameters have on their mesh."""
+        if isinstance(params, Staged):
+            return staged_specs(self.parameters, params.stages)
+        return self.parameters
+
+    def structured(self, params: Any) -> Any:
         """Return parameters as tuples, or refuse what is not one (W, b) a layer.
 
         Raises:
             ValueError: another number of layers; biases where there are none, or none where there
                 are.
         """
+        if isinstance(params, Staged) and params.stages.num_layers == self.num_layers:
+            return params
         pairs = isinstance(params, tuple | list) and all(
             isinstance(layer, tuple | list) and len(layer) == 2 for layer in params
         )
@@ -165,7 +183,7 @@ class MLP:
             ValueError: key is no key, or the mesh cannot have the layout.
         """
         check_key(key)
-        placement = place(self.widths, mesh, strategy)
+        placement = self.place(mesh, strategy)
         dtype = jnp.dtype(check_dtype("dtype", jnp.float32 if dtype is None else dtype))
         return _drawing(self, placement, dtype)(key)
 
@@ -231,7 +249,13 @@ class MLP:
 
 @lru_cache(maxsize=16)
 def _drawing(model: MLP, placement: Placement, dtype: Any) -> Callable[[jax.Array], Params]:
-    draw = partial(_draw, model, placement.padded_widths, dtype)
+    widths = tuple(padded(width, placement.num_blocks) for width in model.widths)
+
+    def draw(key: jax.Array) -> Params:
+        layers = _draw(model, widths, dtype, key)
+        is_staged = isinstance(placement, PipelinePlacement)
+        return to_stages(layers, placement.stages) if is_staged else layers
+
     return jax.jit(draw, out_shardings=model.shardings(placement))
 
 

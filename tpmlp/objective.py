@@ -19,6 +19,8 @@ from tpmlp.kernels.network import Network, param_dtype
 from tpmlp.losses import Cotangent, Loss, get_loss
 from tpmlp.models import Model, check_model
 from tpmlp.parameters import logical_params
+from tpmlp.pipeline import executor
+from tpmlp.pipeline.executor import Pipeline
 from tpmlp.regularizers import ElementwisePenalty, Regularizer, UserPenalty, get_regularizer
 from tpmlp.strategy import Strategy
 from tpmlp.summary import Summary
@@ -89,6 +91,8 @@ class Objective:
 
     def gradients(self, network: Network, *blocks: Any) -> tuple[kernel.Value, Any]:
         """Return scalars and gradients from one device's blocks, in microbatches."""
+        if isinstance(network, Pipeline):
+            return executor.value_and_grad(*blocks, network=network, **self.kernel_arguments)
         if self.placement.strategy.microbatches > 1:
             return kernel.accumulate(*blocks, network=network, **self.kernel_arguments)
         result = self.run(network, *blocks)

@@ -18,6 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpmlp.kernels.cost import NUM_PIECES
 from tpmlp.models import Model
+from tpmlp.pipeline.placement import PipelinePlacement
+from tpmlp.pipeline.staged import Staged, to_layers, to_stages
 from tpmlp.placement import ParameterSpec
 from tpmlp.strategy import Strategy
 
@@ -38,8 +40,10 @@ def to_numpy(model: Model, params: Any) -> Any:
     """
     params = _check_padded(model, params)
     arrays = jax.tree.map(
-        lambda spec, array: spec.logical(_on_host(array)), model.parameters, params
+        lambda spec, array: spec.logical(_on_host(array)), model.specs(params), params
     )
+    if isinstance(arrays, Staged):
+        return to_layers(arrays)
     return list(arrays) if isinstance(arrays, tuple) else arrays
 
 
@@ -58,18 +62,25 @@ def from_numpy(model: Model, arrays: Any, mesh: Mesh, *, strategy: Strategy | No
     arrays = model.structured(arrays)
     placement = model.place(mesh, strategy)
 
-    def put(spec: ParameterSpec, array: Any, sharding: NamedSharding) -> Any:
+    def check(spec: ParameterSpec, array: Any) -> np.ndarray:
         array = np.asarray(array)
         if array.shape != spec.shape or not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(
                 f"{spec.name} must be floating point of shape {spec.shape}: got shape "
                 f"{array.shape}, dtype {array.dtype}. W is [outputs, inputs], b is [outputs]."
             )
+        return array
+
+    arrays = jax.tree.map(check, model.parameters, arrays)
+    if isinstance(placement, PipelinePlacement):
+        arrays = to_stages(arrays, placement.stages)
+
+    def put(spec: ParameterSpec, array: Any, sharding: NamedSharding) -> Any:
         whole = spec.padded(placement.num_blocks)
         fill = [(0, n - m) for m, n in zip(spec.shape, whole, strict=True)]
         return jax.device_put(np.pad(array, fill), sharding)
 
-    return jax.tree.map(put, model.parameters, arrays, model.shardings(placement))
+    return jax.tree.map(put, model.specs(arrays), arrays, model.shardings(placement))
 
 
 def reshard(model: Model, params: Any, mesh: Mesh, *, strategy: Strategy | None = None) -> Any:
@@ -100,7 +111,8 @@ def reshard(model: Model, params: Any, mesh: Mesh, *, strategy: Strategy | None 
 
 def logical_params(model: Model, params: Any) -> Any:
     """Return traced or placed parameters without their padding."""
-    return jax.tree.map(lambda spec, array: spec.logical(array), model.parameters, params)
+    arrays = jax.tree.map(lambda spec, array: spec.logical(array), model.specs(params), params)
+    return tuple(to_layers(arrays)) if isinstance(arrays, Staged) else arrays
 
 
 def clear_padding(model: Model, params: Any) -> Any:
@@ -113,7 +125,7 @@ def clear_padding(model: Model, params: Any) -> Any:
                 array = jnp.where(index < width, array, 0)
         return array
 
-    return jax.tree.map(clear, model.parameters, params)
+    return jax.tree.map(clear, model.specs(params), params)
 
 
 def _check_padded(model: Model, params: Any) -> Any:
@@ -128,7 +140,7 @@ def _check_padded(model: Model, params: Any) -> Any:
                 "logical widths with tpmlp.from_numpy."
             )
         sizes = array.sharding.mesh.shape
-        num_blocks = sizes.get("x", 1) * sizes.get("y", 1)
+        num_blocks = sizes.get("x", 1) * sizes.get("y", 1) * sizes.get("stage", 1)
         # Strategies that split parameters over data pad for that axis too; an invariant reduction
         # pads alike on all meshes.
         blocks = (num_blocks, num_blocks * sizes.get("data", 1), NUM_PIECES)
@@ -140,7 +152,7 @@ def _check_padded(model: Model, params: Any) -> Any:
                 "model."
             )
 
-    jax.tree.map(check, model.parameters, params)
+    jax.tree.map(check, model.specs(params), params)
     return params
 
 
@@ -157,7 +169,7 @@ def check_params(model: Model, params: Any, placement: Any) -> Any:
         params = _check_padded(model, params)
     jax.tree.map(
         lambda spec, array, sharding: _check_param(spec, array, placement.num_blocks, sharding),
-        model.parameters,
+        model.specs(params),
         params,
         model.shardings(placement),
     )

@@ -11,6 +11,7 @@ Widths are logical (what the user gave) or padded (a multiple of M = X * Y, what
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -113,13 +114,14 @@ class OnMesh:
 
     @property
     def num_blocks(self) -> int:
-        """What padded widths are multiples of: M = X * Y; times the data axis if it splits W.
+        """What padded widths are multiples of: M = X * Y, times the axes that split W besides.
 
-        Under reduction="invariant" the pieces that features are cut into, on every mesh.
+        Stages split the first and the last layer; data every layer if shard_weights says so. Under reduction="invariant" the pieces that features are cut into, on every mesh.
         """
         if self.is_invariant:
             return NUM_PIECES
-        return self.sizes["x"] * self.sizes["y"] * (self.sizes["data"] if self.splits_data else 1)
+        whole_axes = ("x", "y", "stage", "data") if self.splits_data else ("x", "y", "stage")
+        return prod(self.sizes[axis] for axis in whole_axes)
 
     @property
     def row_blocks(self) -> int:
@@ -237,7 +239,7 @@ def place(widths: tuple[int, ...], mesh: Mesh, strategy: Strategy | None = None)
         >>> place((64, 16, 256), make_mesh(x=4, y=1), Strategy()).words
         ('row', 'column')
     """
-    return _place(widths, mesh, check_strategy(strategy, mesh))
+    return place_chain(widths, mesh, check_strategy(strategy, mesh))
 
 
 def check_strategy(strategy: Strategy | None, mesh: Mesh) -> Strategy:
@@ -247,12 +249,7 @@ def check_strategy(strategy: Strategy | None, mesh: Mesh) -> Strategy:
             f"strategy must be a tpmlp.Strategy: got strategy={strategy!r}. Use for example "
             "Strategy(layout='column')."
         )
-    if check_mesh(mesh).shape["stage"] > 1:
-        raise ValueError(
-            f"mesh axis stage must be 1, as no schedule uses it: got stage={mesh.shape['stage']}. "
-            "Give these devices to x, y or data."
-        )
-    return _checked(strategy or Strategy(), mesh)
+    return _checked(strategy or Strategy(), check_mesh(mesh))
 
 
 def _checked(strategy: Strategy, mesh: Mesh) -> Strategy:
@@ -291,7 +288,8 @@ def _check_invariant(mesh: Mesh, platform: str) -> None:
 
 
 @lru_cache(maxsize=256)
-def _place(widths: tuple[int, ...], mesh: Mesh, strategy: Strategy) -> Placement:
+def place_chain(widths: tuple[int, ...], mesh: Mesh, strategy: Strategy) -> Placement:
+    """Return where layers live that every device has a part of, under a strategy that is checked."""
     layout = strategy.layout
     words = _words(layout, widths, mesh)
     x, y = mesh.shape["x"], mesh.shape["y"]

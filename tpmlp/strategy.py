@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from tpmlp.checks import check_count, check_dtype
+from tpmlp.pipeline.generators import SCHEDULES
+from tpmlp.pipeline.schedule import Schedule
 
 WORDS = ("column", "row")
 LAYOUTS = (*WORDS, "alternate", "auto")
@@ -51,7 +53,10 @@ class Strategy:
             axis as well, and gathered where they are used (ZeRO-3).
         microbatches: parts of the batch that run one after another, gradients added up. Activations
             take that much less memory in a training step; what only looks (evaluate, predict,
-            apply, trace) runs the batch at once.
+            apply, trace) runs the batch at once. On a mesh with stages they fill the pipeline.
+        schedule: what the stages of a mesh do when: "1f1b", "gpipe", "interleaved", "zb-h1",
+            "zb-h2", "zb-v", or a Schedule of your own. Without stages it changes nothing.
+        chunks: pieces of layers on each stage, for schedule="interleaved"; 1 for the others.
 
     Raises:
         ValueError: an unknown choice, or one that needs another.
@@ -72,6 +77,8 @@ class Strategy:
     reduction: Reduction = "fast"
     shard_weights: bool = False
     microbatches: int = 1
+    schedule: str | Schedule = "1f1b"
+    chunks: int = 1
 
     def __post_init__(self) -> None:
         layout = tuple(self.layout) if isinstance(self.layout, list) else self.layout
@@ -102,6 +109,12 @@ class Strategy:
             )
         microbatches = check_count("microbatches", self.microbatches, "Use 1 to run all at once.")
         object.__setattr__(self, "microbatches", microbatches)
+        object.__setattr__(self, "chunks", check_count("chunks", self.chunks, "Use 1."))
+        if not isinstance(self.schedule, Schedule) and self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"schedule must be one of {SCHEDULES} or a Schedule: got schedule="
+                f"{self.schedule!r}. Use schedule='1f1b'."
+            )
         if self.keep_every is not None:
             object.__setattr__(self, "keep_every", check_count("keep_every", self.keep_every))
         if self.keep_every is not None and self.keep != "recompute":

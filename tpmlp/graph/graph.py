@@ -80,6 +80,10 @@ class Graph(Structure):
             for owner, arrays in self.arrays.items()
         }
 
+    def specs(self, params: Any) -> Any:
+        """Return what each array is, in the structure that parameters have on their mesh."""
+        return self.parameters
+
     def place(self, mesh: Mesh, strategy: Strategy | None = None) -> Any:
         """Return where the vertices live on a mesh under a strategy."""
         return place_graph(self, mesh, strategy)

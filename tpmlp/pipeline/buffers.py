@@ -4,7 +4,8 @@ A stage keeps four kinds of arrays, each in numbered slots of one buffer:
 
     activations  what F keeps for B and W                     from F's tick to W's
     inbox_h      h that has come from the stage before        from the tick after it left, to F's
-    inbox_g      g that has come from the stage after         from the tick after it left, to B's
+    inbox_g      g that has come from the stage after,        from the tick after it left, to B's
+                 or from the loss, with the last F
     deferred     g of a chunk, which W needs too              from B's tick to W's
 
 Both ends count. A slot is free again in the tick after its last, so buffers hold no more than the
@@ -23,7 +24,7 @@ from typing import Literal
 
 import numpy as np
 
-from tpmlp.pipeline.route import Task
+from tpmlp.pipeline.route import Place, Task
 from tpmlp.pipeline.schedule import Schedule
 
 # In an array of kinds; NOTHING, in an array of slots, is none.
@@ -87,7 +88,7 @@ class Buffers:
         chunk: of the task.
         activations: the slot that F fills, and B and W read.
         inbox_h: the slot that F reads; -1 for the first virtual stage, which reads the data.
-        inbox_g: the slot that B reads; -1 for the last virtual stage, which reads the loss.
+        inbox_g: the slot that B reads.
         deferred: the slot that B fills and W reads.
         num_activations: slots on every stage; the schedule's peak.
         num_inbox_h: likewise; 0 if there are no messages.
@@ -95,7 +96,8 @@ class Buffers:
         num_deferred: likewise.
         from_before: what has come from the stage before, one step forward round the ring.
         from_after: what has come from the stage after, one step back.
-        from_self: what a stage keeps for its own next chunk.
+        from_self: what a stage keeps for its own next chunk, and the last one of the loss for its
+            own B.
         messages: those of each tick.
     """
 
@@ -162,9 +164,17 @@ def _lives(schedule: Schedule) -> dict[str, Lives]:
         used = ticks_of[stage, Task("W", task.microbatch, task.chunk)]
         if task.kind in KEPT:
             lives[KEPT[task.kind]][array] = tick, used
-        if (message := schedule.route.awaits(stage, task)) is not None:
-            lives[f"inbox_{CONTENTS[task.kind]}"][array] = ticks_of[message] + 1, tick
+        if (source := _source(schedule, stage, task)) is not None:
+            lives[f"inbox_{CONTENTS[task.kind]}"][array] = ticks_of[source] + 1, tick
     return lives
+
+
+def _source(schedule: Schedule, stage: int, task: Task) -> Place | None:
+    """Return the task whose result a task finds in an inbox; of the last B the last F's loss."""
+    message = schedule.route.awaits(stage, task)
+    if message is None and task.kind == "B":
+        return stage, Task("F", task.microbatch, task.chunk)
+    return message
 
 
 def _color(lives: Lives) -> tuple[dict[Array, int], int]:
@@ -184,15 +194,15 @@ def _messages(schedule: Schedule, slots: Mapping[str, Mapping[Array, int]]) -> l
     route, ticks_of = schedule.route, schedule.ticks_of
     messages: list[list[Message]] = [[] for _ in schedule.ticks]
     for stage, task in ticks_of:
-        if (message := route.awaits(stage, task)) is None:
+        if (source := _source(schedule, stage, task)) is None:
             continue
         content = CONTENTS[task.kind]
-        messages[ticks_of[message]].append(
+        messages[ticks_of[source]].append(
             Message(
                 content=content,
-                sender=message[0],
+                sender=source[0],
                 receiver=stage,
-                ring=route.ring(message[0], stage, task.kind),
+                ring=route.ring(source[0], stage, task.kind),
                 task=task,
                 slot=slots[f"inbox_{content}"][stage, task.microbatch, task.chunk],
             )

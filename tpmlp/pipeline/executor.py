@@ -1,0 +1,410 @@
+"""The executor: runs any schedule, one tick after another, all stages in step.
+
+A tick is one turn of a loop. Every stage looks up its task and its slots in the schedule's tables
+(tpmlp.pipeline.buffers), runs it, and then messages move one step round the ring of stages: z to
+the stage after, g to the one before. Buffers have as many slots as the schedule's peak, not as
+there are microbatches, and one more for what nobody will read.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tpmlp.activations import Activation
+from tpmlp.collectives import (
+    all_gather,
+    all_reduce,
+    per_stage,
+    reduce_scatter,
+    shift,
+    shift_and_turn,
+    stage_index,
+    zeros,
+)
+from tpmlp.kernels import dense, terms
+from tpmlp.kernels.backprop import Chain
+from tpmlp.kernels.execution import execution
+from tpmlp.kernels.objective import Samples, Value
+from tpmlp.losses import Head, Loss
+from tpmlp.pipeline import chunk as stage
+from tpmlp.pipeline.buffers import NOTHING, Arrivals
+from tpmlp.pipeline.chunk import Chunk, Pair
+from tpmlp.pipeline.placement import PipelinePlacement
+from tpmlp.pipeline.staged import Staged
+from tpmlp.regularizers import ElementwisePenalty
+
+
+class Pipeline(NamedTuple):
+    """A chain of dense layers on a mesh with stages.
+
+    Attributes:
+        placement: where its arrays are, and its schedule.
+        activation: sigma and sigma'.
+    """
+
+    placement: PipelinePlacement
+    activation: Activation
+
+    @property
+    def chain(self) -> Chain:
+        """The layers that a stage has at most."""
+        return Chain(self.placement.chain, self.activation)
+
+    @property
+    def head(self) -> Head:
+        """Where z_{L+1} is."""
+        return self.chain.head
+
+    @property
+    def adds(self) -> bool:
+        """Nothing: it adds nothing to the objective."""
+        return False
+
+
+class Carry(NamedTuple):
+    """What a stage has between two ticks.
+
+    Attributes:
+        activations: z_in, z_1 .. z_{K-1} of a chunk, "S K F/g/s B/d" in the compute type.
+        inbox_h: z_in that have come, "S F/g/s B/d".
+        inbox_g: g_K that have come, likewise, in the total type.
+        deferred: g_1 .. g_K that wait for W, "S K F/g/s B/d".
+        leaving: the g_in that leaves with the W after its B, "F/s/g B/d"; None where B sends it.
+        grads: sums so far, "+d", as the layers use them: the ends whole.
+        sums: of loss and correct, "K +d".
+    """
+
+    activations: jax.Array
+    inbox_h: jax.Array
+    inbox_g: jax.Array
+    deferred: jax.Array
+    leaving: jax.Array | None
+    grads: tuple[Pair, ...]
+    sums: jax.Array
+
+
+class Row(NamedTuple):
+    """What a stage does in one tick: a slot of each buffer, the last one for nothing.
+
+    Attributes:
+        branch: 0 for nothing, or 1 + 3 * chunk + 0, 1 or 2 for F, B or W.
+        microbatch: of the task.
+        activations: a slot, as the others.
+        inbox_h: read by F.
+        inbox_g: read by B.
+        deferred: filled by B, read by W.
+        arrivals: slots (h, g) for what the three rings bring: from the stage before, from the
+            stage after, from itself.
+    """
+
+    branch: Any
+    microbatch: Any
+    activations: Any
+    inbox_h: Any
+    inbox_g: Any
+    deferred: Any
+    arrivals: tuple[tuple[Any, Any], ...]
+
+
+def value_and_grad(
+    params: Staged,
+    x: jax.Array,
+    y: Any,
+    weight: jax.Array,
+    *,
+    network: Pipeline,
+    loss: Loss,
+    penalty: ElementwisePenalty | None,
+) -> tuple[Value, Staged]:
+    """Compute the loss of a batch and its gradient; as tpmlp.kernels.objective.accumulate."""
+    total = terms.total_weight(weight, network)
+    step = _Step(params, Samples(x, y, weight), total, network, loss)
+    carry = step.run()
+    axes = {**network.head.axes, "p": "stage"}
+    sums = all_reduce("K +d+p -> K +d", carry.sums, **axes)
+    mean, correct = terms.means(sums, total, network, loss)
+    value = Value(mean, total, correct)
+    value = Value(*(scalar if scalar is None else scalar.astype(step.dtype) for scalar in value))
+    grads = jax.tree.map(lambda dw, w: dw.astype(w.dtype), step.reduced(carry.grads), params)
+    return value, terms.add_penalty(params, grads, network, penalty) if penalty else grads
+
+
+class _Step:
+    """One training step on one device's blocks."""
+
+    def __init__(
+        self,
+        params: Staged,
+        samples: Samples,
+        total: jax.Array,
+        network: Pipeline,
+        loss: Loss,
+    ) -> None:
+        placement = network.placement
+        self.network, self.placement, self.loss, self.total = network, placement, loss, total
+        self.dtype = params.first[0].dtype
+        self.types = execution(placement, self.dtype)
+        self.stage, self.stages = stage_index(), placement.stages
+        self.first, self.last = (
+            _whole(pair, axes)
+            for pair, axes in zip((params.first, params.last), placement.ends_axes, strict=True)
+        )
+        self.slots = [tuple(None if a is None else a[0] for a in pair) for pair in params.slots]
+        m = placement.strategy.microbatches
+        self.parts = jax.tree.map(lambda a: a.reshape(m, -1, *a.shape[1:]), samples)
+
+    @property
+    def splits(self) -> bool:
+        """Whether a gradient leaves after B, not after the W that follows."""
+        return self.placement.schedule.splits_backward
+
+    def run(self) -> Carry:
+        """Run the table."""
+        carry, _ = lax.scan(self.tick, self.start(), self.rows())
+        return carry
+
+    def rows(self) -> Row:
+        """Return this stage's columns of the tables."""
+        plan = self.placement.buffers
+
+        def column(table: Any) -> jax.Array:
+            return lax.dynamic_index_in_dim(jnp.asarray(table), self.stage, 1, keepdims=False)
+
+        def slots(table: Any, size: int) -> jax.Array:
+            return column(jnp.where(table == NOTHING, size, table))
+
+        def arrivals(of: Arrivals) -> tuple[jax.Array, jax.Array]:
+            return slots(of.h, plan.num_inbox_h), slots(of.g, plan.num_inbox_g)
+
+        task = jnp.where(plan.kind == 0, 0, 3 * plan.chunk + plan.kind)
+        return Row(
+            branch=column(task),
+            microbatch=column(jnp.maximum(plan.microbatch, 0)),
+            activations=slots(plan.activations, plan.num_activations),
+            inbox_h=slots(plan.inbox_h, plan.num_inbox_h),
+            inbox_g=slots(plan.inbox_g, plan.num_inbox_g),
+            deferred=slots(plan.deferred, plan.num_deferred),
+            arrivals=tuple(map(arrivals, (plan.from_before, plan.from_after, plan.from_self))),
+        )
+
+    def start(self) -> Carry:
+        """Return buffers of zeros, a slot more than the schedule needs of each."""
+        plan, chain = self.placement.buffers, self.placement.chain
+        width = chain.padded_widths[1] // (self.placement.sizes["x"] * self.placement.sizes["y"])
+        rows, per_chunk = self.parts.x.shape[1], max(1, self.stages.slots_per_chunk)
+        axes, types = {**chain.axes[0], "p": "stage"}, self.types
+
+        def buffer(size: int, dtype: Any, *slots: int) -> jax.Array:
+            layout = "S K O/g/s B/d +p" if slots else "S O/g/s B/d +p"
+            return zeros(layout, (size + 1, *slots, width, rows), dtype, **axes)
+
+        def gradient(pair: Pair, axes: dict[str, str]) -> Pair:
+            W, b = pair
+            layouts = ("O/g I/s +d+p", "O/g/s +d+p")
+            named = {**axes, "p": "stage"}
+            return (
+                zeros(layouts[0], W.shape, types.accumulate, **named),
+                None if b is None else zeros(layouts[1], b.shape, types.accumulate, **named),
+            )
+
+        return Carry(
+            activations=buffer(plan.num_activations, types.compute, per_chunk),
+            inbox_h=buffer(plan.num_inbox_h, types.compute),
+            inbox_g=buffer(plan.num_inbox_g, types.total),
+            deferred=buffer(plan.num_deferred, types.total, per_chunk),
+            leaving=None if self.splits else buffer(0, types.total)[0],
+            grads=tuple(
+                gradient(pair, axes)
+                for pair, axes in zip(
+                    (self.first, *self.slots, self.last), self.axes_of_layers, strict=True
+                )
+            ),
+            sums=zeros("K +d+p", (2,), types.accumulate, **axes),
+        )
+
+    @property
+    def axes_of_layers(self) -> list[dict[str, str]]:
+        """Mesh axes of the roles of the first layer, the slots and the last layer."""
+        first, *interior, last = self.placement.chain.axes
+        return [first, *interior * self.placement.schedule.num_chunks, last]
+
+    def tick(self, carry: Carry, row: Row) -> tuple[Carry, None]:
+        """Run a task on each stage, then move messages."""
+        tasks: list[Callable[..., Any]] = [self.idle]
+        for c in range(self.placement.schedule.num_chunks):
+            tasks += [partial(task, c) for task in (self.forward, self.backward, self.weights)]
+        branches = [lambda carry, row, task=task: per_stage(task(carry, row)) for task in tasks]
+        carry, z, g = lax.switch(row.branch, branches, carry, row)
+        return self.moved(carry, row, z, g), None
+
+    def moved(self, carry: Carry, row: Row, z: jax.Array, g: jax.Array) -> Carry:
+        """Move z and g round the ring, and put what has come into the inboxes."""
+        plan, per_chunk = self.placement.buffers, self.stages.slots_per_chunk
+        inbox_h, inbox_g = carry.inbox_h, carry.inbox_g
+        axes = self.placement.chain.axes
+        ways = zip((-1, 1, 0), (plan.from_before, plan.from_after, plan.from_self), strict=True)
+        for (by, arrivals), (h_slot, g_slot) in zip(ways, row.arrivals, strict=True):
+            if (arrivals.h != NOTHING).any():
+                came = _moved(z, by, per_chunk, axes[per_chunk])
+                inbox_h = _put(inbox_h, h_slot, came)
+            if (arrivals.g != NOTHING).any():
+                # What the loss leaves for its own stage is as B reads it.
+                came = _moved(g, by, per_chunk, axes[0]) if by else g
+                inbox_g = _put(inbox_g, g_slot, came)
+        return carry._replace(inbox_h=inbox_h, inbox_g=inbox_g)
+
+    def idle(self, carry: Carry, row: Row) -> tuple[Carry, jax.Array, jax.Array]:
+        """Do nothing, and send nothing."""
+        return carry, jnp.zeros_like(carry.inbox_h[0]), jnp.zeros_like(carry.inbox_g[0])
+
+    def forward(self, c: int, carry: Carry, row: Row) -> tuple[Carry, jax.Array, jax.Array]:
+        """Run F of a chunk."""
+        chunk, at = self.chunk(c), self.placement.schedule.route
+        part: Samples = jax.tree.map(lambda a: _at(a, row.microbatch), self.parts)
+        came = _at(carry.inbox_h, row.inbox_h)
+        z_in = self.where(
+            at.place(0),
+            c,
+            lambda: self.types.to_compute(stage.layer_forward(part.x, self.first, 1, chunk)),
+            lambda: came,
+        )
+        z = stage.forward(z_in, chunk)
+        kept = [z_in, *z][: max(1, len(z))]
+        activations = _put(carry.activations, row.activations, jnp.stack(kept))
+        carry = carry._replace(activations=activations)
+        z_out = z[-1] if z else z_in
+        nothing = jnp.zeros_like(carry.inbox_g[0])
+        end = at.place(at.num_virtual_stages - 1)
+        carry, g = self.where(
+            end,
+            c,
+            lambda: self.at_loss(carry, z_out, part, chunk),
+            lambda: (carry, nothing),
+        )
+        return carry, z_out, g
+
+    def at_loss(
+        self, carry: Carry, z: jax.Array, part: Samples, chunk: Chunk
+    ) -> tuple[Carry, jax.Array]:
+        """Run the last layer and the loss, and come back to g_K."""
+        l = len(chunk.slots) + 2
+        outputs = stage.layer_forward(z, self.last, l, chunk).astype(self.dtype)
+        sums, g = terms.at_outputs(
+            outputs, part.y, part.weight, self.total, self.network, self.loss
+        )
+        g = g.astype(self.types.total)
+        last = stage.add_gradients(carry.grads[-1], g, z, l, chunk)
+        g = stage.input_gradient(g, z, self.last, l, chunk)
+        carry = carry._replace(
+            grads=(*carry.grads[:-1], last), sums=carry.sums + sums.astype(carry.sums.dtype)
+        )
+        return carry, g
+
+    def backward(self, c: int, carry: Carry, row: Row) -> tuple[Carry, jax.Array, jax.Array]:
+        """Run B of a chunk; of the first virtual stage, the gradients of layer 1 too."""
+        chunk, at = self.chunk(c), self.placement.schedule.route
+        z = list(_at(carry.activations, row.activations))
+        g = _at(carry.inbox_g, row.inbox_g)
+        all_g, g_in = stage.backward(z, g, chunk)
+        if all_g:
+            deferred = _put(carry.deferred, row.deferred, jnp.stack(all_g))
+            carry = carry._replace(deferred=deferred)
+        x = _at(self.parts.x, row.microbatch)
+        first = self.where(
+            at.place(0),
+            c,
+            lambda: stage.add_gradients(carry.grads[0], g_in, x, 1, chunk),
+            lambda: carry.grads[0],
+        )
+        carry = carry._replace(grads=(first, *carry.grads[1:]))
+        if not self.splits:
+            carry = carry._replace(leaving=g_in)
+        return carry, jnp.zeros_like(carry.inbox_h[0]), g_in
+
+    def weights(self, c: int, carry: Carry, row: Row) -> tuple[Carry, jax.Array, jax.Array]:
+        """Run W of a chunk."""
+        chunk = self.chunk(c)
+        z, all_g = (
+            list(_at(buffer, slot))
+            for buffer, slot in (
+                (carry.activations, row.activations),
+                (carry.deferred, row.deferred),
+            )
+        )
+        here = slice(1 + c * len(chunk.slots), 1 + (c + 1) * len(chunk.slots))
+        mine = stage.weight_gradients(z, all_g[: len(chunk.slots)], carry.grads[here], chunk)
+        grads = (*carry.grads[: here.start], *mine, *carry.grads[here.stop :])
+        carry, z, g = self.idle(carry._replace(grads=grads), row)
+        return carry, z, g if carry.leaving is None else carry.leaving
+
+    def chunk(self, c: int) -> Chunk:
+        """Return a chunk of this stage."""
+        per_chunk = self.stages.slots_per_chunk
+        counts = [self.stages.count(s, c) for s in range(self.placement.sizes["stage"])]
+        filled = None if min(counts) == per_chunk else jnp.asarray(counts)[self.stage]
+        slots = tuple(self.slots[c * per_chunk : (c + 1) * per_chunk])
+        return Chunk(self.network.chain, self.types, slots, filled)
+
+    def where(
+        self, place: tuple[int, int], c: int, there: Callable[[], Any], elsewhere: Callable[[], Any]
+    ) -> Any:
+        """Return one value on the stage of a place, (stage, chunk), and another elsewhere."""
+        at, chunk = place
+        if chunk != c:
+            return elsewhere()
+        return lax.cond(
+            self.stage == at, lambda: per_stage(there()), lambda: per_stage(elsewhere())
+        )
+
+    def reduced(self, grads: tuple[Pair, ...]) -> Staged:
+        """Sum gradients over data, and those of the ends to where they are."""
+        over_data = [
+            (
+                dense.reduce_weight(W, self.types, **axes),
+                None if b is None else dense.reduce_bias(b, self.types, **axes),
+            )
+            for (W, b), axes in zip(grads, self.axes_of_layers, strict=True)
+        ]
+        first, *slots, last = over_data
+        ends = self.placement.ends_axes
+        stacked = [tuple(None if a is None else a[None] for a in pair) for pair in slots]
+        layers = (_split(first, ends[0]), *stacked, _split(last, ends[1]))
+        return Staged(layers, self.stages)
+
+
+def _whole(pair: Pair, axes: dict[str, str]) -> Pair:
+    """Return an end's (W, b) as its layer uses them."""
+    W, b = pair
+    whole = all_gather("O/g/p I/s -> O/g I/s", W, **axes)
+    return whole, None if b is None else all_gather("O/g/s/p -> O/g/s", b, **axes)
+
+
+def _split(pair: Pair, axes: dict[str, str]) -> Pair:
+    """Sum an end's gradients over the stages, where its parameters are: `_whole`, transposed."""
+    W, b = pair
+    dW = reduce_scatter("O/g I/s +p -> O/g/p I/s", W, **axes)
+    return dW, None if b is None else reduce_scatter("O/g/s +p -> O/g/s/p", b, **axes)
+
+
+def _moved(array: jax.Array, by: int, num_slots: int, axes: dict[str, str]) -> jax.Array:
+    """Return what the stage `by` places on holds, turned where a chunk has an odd number of slots.
+
+    z leaves a chunk in the order of axes of its last layer, and enters one in that of the first's
+    input; g the other way round.
+    """
+    axes = {**axes, "p": "stage"}
+    if num_slots % 2:
+        return shift_and_turn("O/g/s B/d -> O/s/g B/d", array, "p", by, **axes)
+    return shift("O/g/s B/d", array, "p", by, **axes) if by else array
+
+
+def _at(buffer: Any, index: jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(buffer, index, keepdims=False)
+
+
+def _put(buffer: jax.Array, slot: jax.Array, array: jax.Array) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(buffer, array.astype(buffer.dtype), slot, 0)

@@ -1,0 +1,163 @@
+"""A chain of dense layers on a mesh with stages: which device holds what.
+
+A stage runs a chain of its own, of the first layer, the slots of one chunk, and the last layer:
+layers 1 .. K+2 of a `Placement` whose roles are the same on every stage. Most stages run the
+interior 2 .. K+1 alone. What moves between stages is z of the layer below, "O/g/s B/d" as layer 1
+leaves it; on a mesh with two tensor axes every layer turns the order of the axes, an empty slot
+does so without a layer, and an odd number of them is turned back at the end of the chunk.
+
+The first and the last layer belong to one stage each, and their arrays would be as large on every
+other. So they are split over the stages besides, gathered once a step, and their gradients summed
+back to where they are.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from jax.sharding import Mesh, NamedSharding
+
+from tpmlp.layout import partition_spec
+from tpmlp.pipeline.buffers import Buffers, plan_buffers
+from tpmlp.pipeline.generators import make_schedule
+from tpmlp.pipeline.schedule import Schedule
+from tpmlp.pipeline.staged import Staged
+from tpmlp.pipeline.stages import Stages
+from tpmlp.placement import OnMesh, OutputSpec, Placement, SampleSpec, place_chain
+from tpmlp.strategy import Strategy
+
+# Layouts of (W, b): of slots, and of the ends as they are held.
+SLOT, HELD_END = ("S/p O/g I/s", "S/p O/g/s"), ("O/g/p I/s", "O/g/s/p")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelinePlacement(OnMesh):
+    """A chain of dense layers on a mesh with stages, under a strategy.
+
+    Attributes:
+        widths: logical widths d_0 .. d_{L+1}.
+        bias: whether layers have a b.
+        schedule: the table that a training step runs.
+        stages: which layers are where.
+        chain: the layers that a stage has, at most: the first, those of a chunk, the last.
+    """
+
+    widths: tuple[int, ...]
+    bias: bool
+    schedule: Schedule
+    stages: Stages
+    chain: Placement
+
+    @cached_property
+    def buffers(self) -> Buffers:
+        """What the schedule needs of memory, and what moves when."""
+        return plan_buffers(self.schedule)
+
+    @property
+    def samples(self) -> SampleSpec:
+        """What the first layer is given, on every stage."""
+        return self.chain.samples
+
+    @property
+    def outputs(self) -> OutputSpec:
+        """What the last layer gives."""
+        return self.chain.outputs
+
+    @cached_property
+    def ends_axes(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Mesh axes of the roles of the first and of the last layer."""
+        first, *_, last = self.chain.axes
+        return {**first, "p": "stage"}, {**last, "p": "stage"}
+
+    @cached_property
+    def shardings(self) -> Staged:
+        """The sharding of every parameter, in their structure."""
+
+        def pair(layouts: tuple[str, str], axes: dict[str, str]) -> tuple[NamedSharding, ...]:
+            return tuple(
+                NamedSharding(self.mesh, partition_spec(layout, self.mesh, axes))
+                if self.bias or layout == layouts[0]
+                else None
+                for layout in layouts
+            )
+
+        first, last = self.ends_axes
+        per_chunk = self.stages.slots_per_chunk
+        slots = [
+            pair(SLOT, {**self.chain.axes[1 + k % per_chunk], "p": "stage"})
+            for k in range(self.stages.num_slots)
+        ]
+        return Staged((pair(HELD_END, first), *slots, pair(HELD_END, last)), self.stages)
+
+
+def place_stages(
+    widths: tuple[int, ...], bias: bool, mesh: Mesh, strategy: Strategy
+) -> PipelinePlacement:
+    """Return where a chain of dense layers lives on a mesh with stages.
+
+    Raises:
+        ValueError: interior widths that differ, fewer layers than stages times chunks, or a
+            strategy that pipelines cannot have.
+    """
+    return _place(widths, bias, mesh, strategy)
+
+
+@lru_cache(maxsize=64)
+def _place(
+    widths: tuple[int, ...], bias: bool, mesh: Mesh, strategy: Strategy
+) -> PipelinePlacement:
+    _check_strategy(strategy)
+    schedule = make_schedule_for(mesh, strategy)
+    if len(interior := set(widths[1:-1])) > 1:
+        raise ValueError(
+            "widths between the first and the last must be equal on a mesh with stages, whose "
+            f"layers are one array: got widths={widths}, stage={mesh.shape['stage']}. Use for "
+            f"example {max(interior)} for all of them, or stage=1."
+        )
+    stages = Stages(num_layers=len(widths) - 1, route=schedule.route)
+    whole = (widths[0], *(widths[1],) * (stages.slots_per_chunk + 1), widths[-1])
+    return PipelinePlacement(
+        widths=widths,
+        bias=bias,
+        mesh=mesh,
+        strategy=strategy,
+        schedule=schedule,
+        stages=stages,
+        chain=place_chain(whole, mesh, strategy),
+    )
+
+
+def make_schedule_for(mesh: Mesh, strategy: Strategy) -> Schedule:
+    """Return the schedule that a strategy means on a mesh.
+
+    Raises:
+        ValueError: the schedule cannot have as few microbatches, or is one for another number of
+            stages or microbatches.
+    """
+    schedule, num_stages = strategy.schedule, mesh.shape["stage"]
+    if isinstance(schedule, str):
+        return make_schedule(schedule, num_stages, strategy.microbatches, strategy.chunks)
+    wanted = (num_stages, strategy.microbatches)
+    if (schedule.num_stages, schedule.num_microbatches) != wanted:
+        raise ValueError(
+            f"schedule must be for the stages of the mesh and the microbatches of the strategy: "
+            f"got schedule {schedule.name!r} of {schedule.num_stages} stages and "
+            f"{schedule.num_microbatches} microbatches, stage={num_stages}, "
+            f"microbatches={strategy.microbatches}. Use a name, such as '1f1b', or make it anew."
+        )
+    return schedule
+
+
+def _check_strategy(strategy: Strategy) -> None:
+    """Refuse what the executor cannot do."""
+    needed = {"keep": "shard", "overlap": "none", "reduction": "fast", "shard_weights": False}
+    for name, value in needed.items():
+        if (got := getattr(strategy, name)) != value:
+            raise ValueError(
+                f"{name} must be {value!r} on a mesh with stages: got {name}={got!r}. Leave {name} "
+                "out, or use stage=1."
+            )
+    if isinstance(strategy.layout, tuple):
+        raise ValueError(
+            "layout must be one word on a mesh with stages, where every stage runs the same "
+            f"program: got layout={strategy.layout!r}. Use 'auto', 'column', 'row' or 'alternate'."
+        )

@@ -1,0 +1,95 @@
+"""Which stage has which layers: a chain of dense layers cut into virtual stages, as even as can be.
+
+    layers    1 | 2 3 | 4 5 6 | ...           virtual stage 0 begins with the first layer,
+                                               the last one ends with layer L+1
+
+The first and the last layer have widths of their own. Those between are *interior*: of one width,
+so that the k-th of each stage can be one array [stages, d, d], split over the stages. A chunk has
+as many such *slots* as the largest virtual stage has interior layers; where one has fewer, the
+slots at its end are empty, zeros that nothing reads.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from tpmlp.pipeline.route import Route
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """The layers of each stage; layers count from 1, slots from 0.
+
+    Attributes:
+        num_layers: the number of W_l.
+        route: how chunks lie on the stages.
+
+    Raises:
+        ValueError: fewer layers than virtual stages.
+
+    Examples:
+        >>> stages = Stages(num_layers=9, route=Route(num_stages=2, num_chunks=2))
+        >>> stages.pieces, stages.slots_per_chunk
+        (((1, 2, 3), (4, 5), (6, 7), (8, 9)), 2)
+        >>> [[stages.layer_in(slot, stage) for slot in range(4)] for stage in range(2)]
+        [[2, 3, 6, 7], [4, 5, 8, None]]
+    """
+
+    num_layers: int
+    route: Route
+
+    def __post_init__(self) -> None:
+        p, v = self.route.num_stages, self.route.num_chunks
+        if self.num_layers < p * v:
+            raise ValueError(
+                f"model must have at least one layer for each chunk of each stage: got "
+                f"num_layers={self.num_layers}, stage={p}, chunks={v}. Use fewer stages or chunks, "
+                f"or {p * v} layers or more."
+            )
+
+    @cached_property
+    def pieces(self) -> tuple[tuple[int, ...], ...]:
+        """The layers of each virtual stage."""
+        count = self.route.num_virtual_stages
+        each, more = divmod(self.num_layers, count)
+        ends = [0]
+        for i in range(count):
+            ends.append(ends[-1] + each + (i < more))
+        return tuple(
+            tuple(range(start + 1, end + 1)) for start, end in zip(ends[:-1], ends[1:], strict=True)
+        )
+
+    @cached_property
+    def interior(self) -> tuple[tuple[int, ...], ...]:
+        """The interior layers of each virtual stage."""
+        return tuple(tuple(l for l in piece if 1 < l < self.num_layers) for piece in self.pieces)
+
+    @cached_property
+    def slots_per_chunk(self) -> int:
+        """How many interior layers the largest virtual stage has."""
+        return max(map(len, self.interior))
+
+    @property
+    def num_slots(self) -> int:
+        """How many arrays the interior layers are in."""
+        return self.slots_per_chunk * self.route.num_chunks
+
+    def count(self, stage: int, chunk: int) -> int:
+        """Return how many slots of a chunk are filled."""
+        return len(self.interior[self.route.virtual_stage(stage, chunk)])
+
+    def layer_in(self, slot: int, stage: int) -> int | None:
+        """Return the layer in a slot; None where it is empty."""
+        chunk, place = divmod(slot, self.slots_per_chunk)
+        layers = self.interior[self.route.virtual_stage(stage, chunk)]
+        return layers[place] if place < len(layers) else None
+
+    @cached_property
+    def where(self) -> dict[int, tuple[int, int]]:
+        """The (slot, stage) of each interior layer."""
+        p = self.route.num_stages
+        found = {
+            self.layer_in(slot, stage): (slot, stage)
+            for slot in range(self.num_slots)
+            for stage in range(p)
+        }
+        return {l: place for l, place in sorted(found.items(), key=str) if l is not None}
