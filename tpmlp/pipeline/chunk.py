@@ -78,27 +78,6 @@ def backward(z: list[jax.Array], g: jax.Array, chunk: Chunk) -> tuple[list[jax.A
     return all_g[::-1], g
 
 
-def weight_gradients(
-    z: list[jax.Array], all_g: list[jax.Array], grads: tuple[Pair, ...], chunk: Chunk
-) -> tuple[Pair, ...]:
-    """Return sums of gradients with those of a microbatch added: dW "O/g I/s +d", db "O/g/s +d".
-
-    Args:
-        z: z_in, z_1 .. z_{K-1}.
-        all_g: g_1 .. g_K.
-        grads: the sums so far, in the type of accumulation.
-        chunk: the layers.
-    """
-    added = []
-    for k, (sums, g) in enumerate(zip(grads, all_g, strict=True), 1):
-
-        def layer(sums: Pair, g: jax.Array, z: jax.Array, k: int = k) -> Pair:
-            return add_gradients(sums, g, z, k + 1, chunk)
-
-        added.append(_if_filled(k, chunk, layer, lambda sums, g, z: sums, sums, g, z[k - 1]))
-    return tuple(added)
-
-
 def layer_forward(before: jax.Array, pair: Pair, l: int, chunk: Chunk) -> jax.Array:
     """Compute z_l of the stage's chain from z_{l-1}, or from x for layer 1; in the total type."""
     (W, b), run, axes = pair, chunk.run, chunk.chain.placement.axes[l - 1]
@@ -115,14 +94,13 @@ def input_gradient(g: jax.Array, before: jax.Array, pair: Pair, l: int, chunk: C
     return gradient_and_slope(dh, before, l - 1, run, chunk.chain)[0]
 
 
-def add_gradients(sums: Pair, g: jax.Array, before: jax.Array, l: int, chunk: Chunk) -> Pair:
-    """Add dW_l = g_l h_l^T and db_l to what earlier microbatches gave."""
+def weight_gradient(g: jax.Array, before: jax.Array, l: int, chunk: Chunk, *, bias: bool) -> Pair:
+    """Compute dW_l = g_l h_l^T "O/g I/s +d" and db_l "O/g/s +d" of a microbatch."""
     run, axes = chunk.run, chunk.chain.placement.axes[l - 1]
     g_all = dense.gather_gradient(run.to_compute(g), run, **axes)
     h = dense.gather_input(layer_input(before, l, run, chunk.chain), run, **axes)
     dW = dense.backward_weight(g_all, h, run, **axes)
-    db = None if sums[1] is None else dense.backward_bias(g, **axes)
-    return jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, (dW, db))
+    return dW, dense.backward_bias(g, **axes) if bias else None
 
 
 def _turned(array: jax.Array, l: int, chunk: Chunk) -> jax.Array:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from tpmlp.activations import Activation
@@ -31,7 +32,7 @@ from tpmlp.kernels.execution import execution
 from tpmlp.kernels.objective import Samples, Value
 from tpmlp.losses import Head, Loss
 from tpmlp.pipeline import chunk as stage
-from tpmlp.pipeline.buffers import NOTHING, Arrivals
+from tpmlp.pipeline.buffers import IDLE, NOTHING, Arrivals, B, F, W
 from tpmlp.pipeline.chunk import Chunk, Pair
 from tpmlp.pipeline.placement import PipelinePlacement
 from tpmlp.pipeline.staged import Staged
@@ -88,26 +89,50 @@ class Carry(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What a stage does in one tick: a slot of each buffer, the last one for nothing.
+    """What a stage does in one tick; slots of buffers, the last one of each for nothing.
 
     Attributes:
-        branch: 0 for nothing, or 1 + 3 * chunk + 0, 1 or 2 for F, B or W.
+        task: 0 for nothing, or 1 + 3 * chunk + 0, 1 or 2 for F, B or W.
         microbatch: of the task.
-        activations: a slot, as the others.
+        activations: read by B and W.
         inbox_h: read by F.
         inbox_g: read by B.
-        deferred: filled by B, read by W.
+        deferred: read by W.
+        keeps: slot of the activations that F fills.
+        defers: slot of deferred that B fills.
         arrivals: slots (h, g) for what the three rings bring: from the stage before, from the
             stage after, from itself.
     """
 
-    branch: Any
+    task: Any
     microbatch: Any
     activations: Any
     inbox_h: Any
     inbox_g: Any
     deferred: Any
+    keeps: Any
+    defers: Any
     arrivals: tuple[tuple[Any, Any], ...]
+
+
+class Done(NamedTuple):
+    """What a task leaves; zeros where it does not.
+
+    Attributes:
+        z: z_in, z_1 .. z_{K-1}, for the activations.
+        all_g: g_1 .. g_K, for deferred.
+        z_out: z_K, for the stage after.
+        g_out: g_in for the stage before; of the last F, g_K for the stage itself.
+        g_last: g of the outputs.
+        sums: of loss and correct.
+    """
+
+    z: jax.Array
+    all_g: jax.Array
+    z_out: jax.Array
+    g_out: jax.Array
+    g_last: jax.Array
+    sums: jax.Array
 
 
 def value_and_grad(
@@ -158,6 +183,11 @@ class _Step:
         self.parts = jax.tree.map(lambda a: a.reshape(m, -1, *a.shape[1:]), samples)
 
     @property
+    def num_tensor_devices(self) -> int:
+        """The devices that share the features of a stage."""
+        return self.placement.sizes["x"] * self.placement.sizes["y"]
+
+    @property
     def splits(self) -> bool:
         """Whether a gradient leaves after B, not after the W that follows."""
         return self.placement.schedule.splits_backward
@@ -171,30 +201,32 @@ class _Step:
         """Return this stage's columns of the tables."""
         plan = self.placement.buffers
 
-        def column(table: Any) -> jax.Array:
+        def column(table: np.ndarray) -> jax.Array:
             return lax.dynamic_index_in_dim(jnp.asarray(table), self.stage, 1, keepdims=False)
 
-        def slots(table: Any, size: int) -> jax.Array:
-            return column(jnp.where(table == NOTHING, size, table))
+        def slots(table: np.ndarray, size: int, *, of: int | None = None) -> jax.Array:
+            unused = table == NOTHING if of is None else plan.kind != of
+            return column(np.where(unused, np.int32(size), table))
 
         def arrivals(of: Arrivals) -> tuple[jax.Array, jax.Array]:
             return slots(of.h, plan.num_inbox_h), slots(of.g, plan.num_inbox_g)
 
-        task = jnp.where(plan.kind == 0, 0, 3 * plan.chunk + plan.kind)
         return Row(
-            branch=column(task),
-            microbatch=column(jnp.maximum(plan.microbatch, 0)),
+            task=column(np.where(plan.kind == IDLE, np.int32(0), 3 * plan.chunk + plan.kind)),
+            microbatch=column(np.maximum(plan.microbatch, np.int32(0))),
             activations=slots(plan.activations, plan.num_activations),
             inbox_h=slots(plan.inbox_h, plan.num_inbox_h),
             inbox_g=slots(plan.inbox_g, plan.num_inbox_g),
             deferred=slots(plan.deferred, plan.num_deferred),
+            keeps=slots(plan.activations, plan.num_activations, of=F),
+            defers=slots(plan.deferred, plan.num_deferred, of=B),
             arrivals=tuple(map(arrivals, (plan.from_before, plan.from_after, plan.from_self))),
         )
 
     def start(self) -> Carry:
         """Return buffers of zeros, a slot more than the schedule needs of each."""
         plan, chain = self.placement.buffers, self.placement.chain
-        width = chain.padded_widths[1] // (self.placement.sizes["x"] * self.placement.sizes["y"])
+        width = chain.padded_widths[1] // self.num_tensor_devices
         rows, per_chunk = self.parts.x.shape[1], max(1, self.stages.slots_per_chunk)
         axes, types = {**chain.axes[0], "p": "stage"}, self.types
 
@@ -233,13 +265,82 @@ class _Step:
         return [first, *interior * self.placement.schedule.num_chunks, last]
 
     def tick(self, carry: Carry, row: Row) -> tuple[Carry, None]:
-        """Run a task on each stage, then move messages."""
-        tasks: list[Callable[..., Any]] = [self.idle]
+        """Run a task on each stage, then move messages.
+
+        A branch gives back only what one task leaves: XLA copies whatever goes through one.
+        """
+        part: Samples = jax.tree.map(lambda a: _at(a, row.microbatch), self.parts)
+        read = (
+            part,
+            _at(carry.activations, row.activations),
+            _at(carry.inbox_h, row.inbox_h),
+            _at(carry.inbox_g, row.inbox_g),
+        )
+        tasks: list[Callable[..., Done]] = [self.idle]
         for c in range(self.placement.schedule.num_chunks):
-            tasks += [partial(task, c) for task in (self.forward, self.backward, self.weights)]
-        branches = [lambda carry, row, task=task: per_stage(task(carry, row)) for task in tasks]
-        carry, z, g = lax.switch(row.branch, branches, carry, row)
-        return self.moved(carry, row, z, g), None
+            tasks += [partial(self.forward, c), partial(self.backward, c), self.idle]
+        branches = [lambda *read, task=task: per_stage(task(*read)) for task in tasks]
+        done = lax.switch(row.task, branches, *read)
+        all_g = _at(carry.deferred, row.deferred)
+        grads = self.with_gradients(carry.grads, row, part.x, read[1], all_g, done)
+        g_out, leaving = done.g_out, carry.leaving
+        if leaving is not None:
+            is_B, is_W = ((row.task - 1) % 3 == kind for kind in (1, 2))
+            g_out = jnp.where(is_W & (row.task > 0), leaving, g_out)
+            leaving = jnp.where(is_B, done.g_out, leaving)
+        carry = carry._replace(
+            activations=_put(carry.activations, row.keeps, done.z),
+            deferred=_put(carry.deferred, row.defers, done.all_g),
+            leaving=leaving,
+            grads=grads,
+            sums=carry.sums + done.sums,
+        )
+        return self.moved(carry, row, done.z_out, g_out), None
+
+    def with_gradients(
+        self,
+        grads: tuple[Pair, ...],
+        row: Row,
+        x: jax.Array,
+        z: jax.Array,
+        all_g: jax.Array,
+        done: Done,
+    ) -> tuple[Pair, ...]:
+        """Return sums of gradients with those of this tick added, one layer after another.
+
+        Of the slots with W; of layer 1 with its B, and of layer L+1 with its F, whose g and h are
+        there then and nowhere kept.
+        """
+        per_chunk, route = self.stages.slots_per_chunk, self.placement.schedule.route
+        summed = list(grads)
+        for c in range(self.placement.schedule.num_chunks):
+            chunk = self.chunk(c)
+            for k in range(1, per_chunk + 1):
+                here = row.task == 3 * c + W
+                here = here if chunk.filled is None else here & (chunk.filled >= k)
+                i = c * per_chunk + k
+                summed[i] = self.add(summed[i], here, all_g[k - 1], z[k - 1], k + 1, chunk)
+        for i, virtual, kind, g, h, l in (
+            (0, 0, B, done.g_out, x, 1),
+            (-1, route.num_virtual_stages - 1, F, done.g_last, done.z_out, per_chunk + 2),
+        ):
+            stage_of, c = route.place(virtual)
+            here = (row.task == 3 * c + kind) & (self.stage == stage_of)
+            summed[i] = self.add(summed[i], here, g, h, l, self.chunk(c))
+        return tuple(summed)
+
+    def add(
+        self, sums: Pair, here: jax.Array, g: jax.Array, before: jax.Array, l: int, chunk: Chunk
+    ) -> Pair:
+        """Return the sums of a layer's gradients with a microbatch's added, where this is due."""
+
+        def due(g: jax.Array, before: jax.Array) -> Pair:
+            return per_stage(stage.weight_gradient(g, before, l, chunk, bias=sums[1] is not None))
+
+        shapes = jax.tree.map(jnp.zeros_like, sums)
+        nothing = jax.tree.map(lambda a: a.astype(self.types.total), shapes)
+        part = lax.cond(here, due, lambda g, before: nothing, g, before)
+        return jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, part)
 
     def moved(self, carry: Carry, row: Row, z: jax.Array, g: jax.Array) -> Carry:
         """Move z and g round the ring, and put what has come into the inboxes."""
@@ -257,89 +358,56 @@ class _Step:
                 inbox_g = _put(inbox_g, g_slot, came)
         return carry._replace(inbox_h=inbox_h, inbox_g=inbox_g)
 
-    def idle(self, carry: Carry, row: Row) -> tuple[Carry, jax.Array, jax.Array]:
-        """Do nothing, and send nothing."""
-        return carry, jnp.zeros_like(carry.inbox_h[0]), jnp.zeros_like(carry.inbox_g[0])
+    def idle(self, part: Samples, z: jax.Array, came: jax.Array, g: jax.Array) -> Done:
+        """Do nothing, and leave zeros."""
+        total = self.types.total
+        outputs = self.placement.chain.padded_widths[-1] // self.num_tensor_devices
+        axes = self.placement.chain.axes[-1]
+        return Done(
+            z=jnp.zeros_like(z),
+            all_g=jnp.zeros_like(z, total),
+            z_out=jnp.zeros_like(came),
+            g_out=jnp.zeros_like(g),
+            g_last=zeros("O/g/s B/d", (outputs, g.shape[1]), total, **axes),
+            sums=zeros("K +d", (2,), self.types.accumulate, **axes),
+        )
 
-    def forward(self, c: int, carry: Carry, row: Row) -> tuple[Carry, jax.Array, jax.Array]:
+    def forward(self, c: int, part: Samples, z: jax.Array, came: jax.Array, g: jax.Array) -> Done:
         """Run F of a chunk."""
-        chunk, at = self.chunk(c), self.placement.schedule.route
-        part: Samples = jax.tree.map(lambda a: _at(a, row.microbatch), self.parts)
-        came = _at(carry.inbox_h, row.inbox_h)
+        chunk, route = self.chunk(c), self.placement.schedule.route
+        nothing = self.idle(part, z, came, g)
         z_in = self.where(
-            at.place(0),
+            route.place(0),
             c,
             lambda: self.types.to_compute(stage.layer_forward(part.x, self.first, 1, chunk)),
             lambda: came,
         )
-        z = stage.forward(z_in, chunk)
-        kept = [z_in, *z][: max(1, len(z))]
-        activations = _put(carry.activations, row.activations, jnp.stack(kept))
-        carry = carry._replace(activations=activations)
-        z_out = z[-1] if z else z_in
-        nothing = jnp.zeros_like(carry.inbox_g[0])
-        end = at.place(at.num_virtual_stages - 1)
-        carry, g = self.where(
-            end,
+        passed = stage.forward(z_in, chunk)
+        kept = jnp.stack([z_in, *passed[:-1]])
+        done = nothing._replace(z=kept, z_out=passed[-1] if passed else z_in)
+        return self.where(
+            route.place(route.num_virtual_stages - 1),
             c,
-            lambda: self.at_loss(carry, z_out, part, chunk),
-            lambda: (carry, nothing),
+            lambda: self.at_loss(done, part, chunk),
+            lambda: done,
         )
-        return carry, z_out, g
 
-    def at_loss(
-        self, carry: Carry, z: jax.Array, part: Samples, chunk: Chunk
-    ) -> tuple[Carry, jax.Array]:
+    def at_loss(self, done: Done, part: Samples, chunk: Chunk) -> Done:
         """Run the last layer and the loss, and come back to g_K."""
-        l = len(chunk.slots) + 2
+        z, l = done.z_out, len(chunk.slots) + 2
         outputs = stage.layer_forward(z, self.last, l, chunk).astype(self.dtype)
         sums, g = terms.at_outputs(
             outputs, part.y, part.weight, self.total, self.network, self.loss
         )
         g = g.astype(self.types.total)
-        last = stage.add_gradients(carry.grads[-1], g, z, l, chunk)
-        g = stage.input_gradient(g, z, self.last, l, chunk)
-        carry = carry._replace(
-            grads=(*carry.grads[:-1], last), sums=carry.sums + sums.astype(carry.sums.dtype)
-        )
-        return carry, g
+        g_out = stage.input_gradient(g, z, self.last, l, chunk)
+        return done._replace(g_out=g_out, g_last=g, sums=sums.astype(self.types.accumulate))
 
-    def backward(self, c: int, carry: Carry, row: Row) -> tuple[Carry, jax.Array, jax.Array]:
-        """Run B of a chunk; of the first virtual stage, the gradients of layer 1 too."""
-        chunk, at = self.chunk(c), self.placement.schedule.route
-        z = list(_at(carry.activations, row.activations))
-        g = _at(carry.inbox_g, row.inbox_g)
-        all_g, g_in = stage.backward(z, g, chunk)
-        if all_g:
-            deferred = _put(carry.deferred, row.deferred, jnp.stack(all_g))
-            carry = carry._replace(deferred=deferred)
-        x = _at(self.parts.x, row.microbatch)
-        first = self.where(
-            at.place(0),
-            c,
-            lambda: stage.add_gradients(carry.grads[0], g_in, x, 1, chunk),
-            lambda: carry.grads[0],
-        )
-        carry = carry._replace(grads=(first, *carry.grads[1:]))
-        if not self.splits:
-            carry = carry._replace(leaving=g_in)
-        return carry, jnp.zeros_like(carry.inbox_h[0]), g_in
-
-    def weights(self, c: int, carry: Carry, row: Row) -> tuple[Carry, jax.Array, jax.Array]:
-        """Run W of a chunk."""
-        chunk = self.chunk(c)
-        z, all_g = (
-            list(_at(buffer, slot))
-            for buffer, slot in (
-                (carry.activations, row.activations),
-                (carry.deferred, row.deferred),
-            )
-        )
-        here = slice(1 + c * len(chunk.slots), 1 + (c + 1) * len(chunk.slots))
-        mine = stage.weight_gradients(z, all_g[: len(chunk.slots)], carry.grads[here], chunk)
-        grads = (*carry.grads[: here.start], *mine, *carry.grads[here.stop :])
-        carry, z, g = self.idle(carry._replace(grads=grads), row)
-        return carry, z, g if carry.leaving is None else carry.leaving
+    def backward(self, c: int, part: Samples, z: jax.Array, came: jax.Array, g: jax.Array) -> Done:
+        """Run B of a chunk."""
+        nothing = self.idle(part, z, came, g)
+        all_g, g_in = stage.backward(list(z), g, self.chunk(c))
+        return nothing._replace(all_g=jnp.stack(all_g) if all_g else nothing.all_g, g_out=g_in)
 
     def chunk(self, c: int) -> Chunk:
         """Return a chunk of this stage."""
