@@ -37,6 +37,7 @@ from tpmlp.pipeline.chunk import Chunk, Pair
 from tpmlp.pipeline.placement import PipelinePlacement
 from tpmlp.pipeline.staged import Staged
 from tpmlp.regularizers import ElementwisePenalty
+from tpmlp.xla import after, hold
 
 
 class Pipeline(NamedTuple):
@@ -288,9 +289,11 @@ class _Step:
             is_B, is_W = ((row.task - 1) % 3 == kind for kind in (1, 2))
             g_out = jnp.where(is_W & (row.task > 0), leaving, g_out)
             leaving = jnp.where(is_B, done.g_out, leaving)
+        # Buffers are written when all have read them, or XLA would write a copy.
+        kept, deferred = (_after_all(array, grads) for array in (done.z, done.all_g))
         carry = carry._replace(
-            activations=_put(carry.activations, row.keeps, done.z),
-            deferred=_put(carry.deferred, row.defers, done.all_g),
+            activations=_put(carry.activations, row.keeps, kept),
+            deferred=_put(carry.deferred, row.defers, deferred),
             leaving=leaving,
             grads=grads,
             sums=carry.sums + done.sums,
@@ -313,20 +316,25 @@ class _Step:
         """
         per_chunk, route = self.stages.slots_per_chunk, self.placement.schedule.route
         summed = list(grads)
+        jobs = []
         for c in range(self.placement.schedule.num_chunks):
             chunk = self.chunk(c)
             for k in range(1, per_chunk + 1):
                 here = row.task == 3 * c + W
                 here = here if chunk.filled is None else here & (chunk.filled >= k)
-                i = c * per_chunk + k
-                summed[i] = self.add(summed[i], here, all_g[k - 1], z[k - 1], k + 1, chunk)
+                jobs.append((c * per_chunk + k, here, all_g[k - 1], z[k - 1], k + 1, chunk))
         for i, virtual, kind, g, h, l in (
             (0, 0, B, done.g_out, x, 1),
             (-1, route.num_virtual_stages - 1, F, done.g_last, done.z_out, per_chunk + 2),
         ):
             stage_of, c = route.place(virtual)
             here = (row.task == 3 * c + kind) & (self.stage == stage_of)
-            summed[i] = self.add(summed[i], here, g, h, l, self.chunk(c))
+            jobs.append((i, here, g, h, l, self.chunk(c)))
+        before = None
+        for i, here, g, h, l, chunk in jobs:
+            g = g if before is None else hold((after(g, before), before))[0]
+            summed[i] = self.add(summed[i], here, g, h, l, chunk)
+            before = summed[i][0]
         return tuple(summed)
 
     def add(
@@ -468,6 +476,13 @@ def _moved(array: jax.Array, by: int, num_slots: int, axes: dict[str, str]) -> j
     if num_slots % 2:
         return shift_and_turn("O/g/s B/d -> O/s/g B/d", array, "p", by, **axes)
     return shift("O/g/s B/d", array, "p", by, **axes) if by else array
+
+
+def _after_all(array: jax.Array, others: Any) -> jax.Array:
+    """Return an array that is not there before others are."""
+    for other in jax.tree.leaves(others):
+        array = after(array, other)
+    return hold((array, others))[0]
 
 
 def _at(buffer: Any, index: jax.Array) -> jax.Array:
