@@ -45,7 +45,7 @@ def step_shapes(objective: Objective, batch_size: int, dtype: Any = None) -> tup
         lambda spec, sharding: jax.ShapeDtypeStruct(
             spec.padded(placement.num_blocks), dtype, sharding=sharding
         ),
-        model.parameters,
+        model.specs(placement),
         model.shardings(placement),
     )
     keys = [jax.eval_shape(jax.random.key, 0)] if getattr(model, "dropouts", ()) else []

@@ -27,7 +27,13 @@ from tpmlp.losses import get_loss
 from tpmlp.pipeline.executor import Pipeline
 from tpmlp.pipeline.placement import PipelinePlacement, place_stages
 from tpmlp.pipeline.staged import Staged, staged_specs, to_stages
-from tpmlp.placement import ParameterSpec, Placement, check_strategy, place, place_chain
+from tpmlp.placement import (
+    ParameterSpec,
+    Placement,
+    check_no_stages,
+    check_strategy,
+    place_chain,
+)
 from tpmlp.regularizers import ElementwisePenalty, get_regularizer
 from tpmlp.strategy import Strategy
 from tpmlp.summary import Summary, summarize
@@ -126,10 +132,14 @@ class MLP:
             for l in range(1, self.num_layers + 1)
         )
 
-    def specs(self, params: Any) -> Any:
-        """Return what each array is, in the structure that parameters have on their mesh."""
-        if isinstance(params, Staged):
-            return staged_specs(self.parameters, params.stages)
+    def specs(self, of: Any) -> Any:
+        """Return what each array is, in the structure that parameters have on their mesh.
+
+        Args:
+            of: parameters, or where they are.
+        """
+        if isinstance(of, Staged | PipelinePlacement):
+            return staged_specs(self.parameters, of.stages)
         return self.parameters
 
     def structured(self, params: Any) -> Any:
@@ -210,6 +220,9 @@ class MLP:
         Returns:
             A Summary; print it.
 
+        Raises:
+            ValueError: a mesh with stages.
+
         Examples:
             >>> from tpmlp.mesh import make_mesh
             >>> print(MLP((64, 256, 10)).summary(make_mesh(x=8), batch_size=128).arrays_table())
@@ -226,7 +239,7 @@ class MLP:
             g_2     row     O/g/s B/d  [128, 10]   [128, 2]         1.00 KiB
         """
         return summarize(
-            place(self.widths, mesh, strategy),
+            self._place_whole(mesh, strategy, "summary"),
             bias=self.bias,
             batch_size=check_count("batch_size", batch_size, "Give the samples of one step."),
             dtype=check_dtype("dtype", jnp.float32 if dtype is None else dtype),
@@ -242,9 +255,16 @@ class MLP:
             strategy: Strategy() by default.
 
         Raises:
+            ValueError: a mesh with stages.
             ModuleNotFoundError: matplotlib is not installed.
         """
-        return draw_layers(place(self.widths, mesh, strategy))
+        return draw_layers(self._place_whole(mesh, strategy, "plot"))
+
+    def _place_whole(self, mesh: Mesh, strategy: Strategy | None, name: str) -> Placement:
+        """Return where layers are that every device has a part of."""
+        placement = self.place(mesh, strategy)
+        check_no_stages(placement, name)
+        return placement
 
 
 @lru_cache(maxsize=16)

@@ -116,7 +116,8 @@ class OnMesh:
     def num_blocks(self) -> int:
         """What padded widths are multiples of: M = X * Y, times the axes that split W besides.
 
-        Stages split the first and the last layer; data every layer if shard_weights says so. Under reduction="invariant" the pieces that features are cut into, on every mesh.
+        Stages split the first and the last layer; data every layer if shard_weights says so. Under
+        reduction="invariant" it is the pieces that features are cut into, on every mesh.
         """
         if self.is_invariant:
             return NUM_PIECES
@@ -252,6 +253,20 @@ def check_strategy(strategy: Strategy | None, mesh: Mesh) -> Strategy:
     return _checked(strategy or Strategy(), check_mesh(mesh))
 
 
+def check_no_stages(placement: OnMesh, name: str) -> None:
+    """Refuse a mesh with stages where something has no pipeline.
+
+    Args:
+        placement: on the mesh.
+        name: what has none.
+    """
+    if (stage := placement.sizes["stage"]) > 1:
+        raise ValueError(
+            f"mesh must be one without stages for {name}: got stage={stage}. Use a mesh with "
+            "stage=1, and tpmlp.reshard to bring parameters there."
+        )
+
+
 def _checked(strategy: Strategy, mesh: Mesh) -> Strategy:
     """Return the strategy, or refuse what the mesh's platform cannot do."""
     platform = mesh.devices.flat[0].platform
@@ -289,7 +304,7 @@ def _check_invariant(mesh: Mesh, platform: str) -> None:
 
 @lru_cache(maxsize=256)
 def place_chain(widths: tuple[int, ...], mesh: Mesh, strategy: Strategy) -> Placement:
-    """Return where layers live that every device has a part of, under a strategy that is checked."""
+    """Return where layers live that every device has a part of; the strategy is checked."""
     layout = strategy.layout
     words = _words(layout, widths, mesh)
     x, y = mesh.shape["x"], mesh.shape["y"]

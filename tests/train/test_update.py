@@ -26,7 +26,7 @@ def audited(tx: optax.GradientTransformation) -> Audit:
     """Count what a step of fit holds, compiled for shapes alone."""
     mlp = tpmlp.MLP(WIDTHS)
     objective = make_objective(mlp, loss="mse", mesh=tpmlp.make_mesh(x=4, y=2))
-    logical, padded = shape_trees(mlp, objective.placement.num_blocks, jnp.float32)
+    logical, padded = shape_trees(mlp, objective.placement, jnp.float32)
     masked = MaskedOptimizer(tx, padded, logical)
     optimizer = ShardedOptimizer(mlp, objective.placement, masked)
     params, batch = step_shapes(objective, BATCH)

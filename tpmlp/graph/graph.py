@@ -80,8 +80,12 @@ class Graph(Structure):
             for owner, arrays in self.arrays.items()
         }
 
-    def specs(self, params: Any) -> Any:
-        """Return what each array is, in the structure that parameters have on their mesh."""
+    def specs(self, of: Any) -> Any:
+        """Return what each array is, in the structure that parameters have on their mesh.
+
+        Args:
+            of: parameters, or where they are.
+        """
         return self.parameters
 
     def place(self, mesh: Mesh, strategy: Strategy | None = None) -> Any:

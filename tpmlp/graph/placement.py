@@ -24,7 +24,15 @@ from tpmlp.graph.shape import Parameter, Shape
 from tpmlp.graph.structure import Structure
 from tpmlp.graph.vertex import Vertex
 from tpmlp.layout import padded, partition_spec
-from tpmlp.placement import OTHER, OnMesh, OutputSpec, SampleSpec, check_strategy, tensor_axes
+from tpmlp.placement import (
+    OTHER,
+    OnMesh,
+    OutputSpec,
+    SampleSpec,
+    check_no_stages,
+    check_strategy,
+    tensor_axes,
+)
 from tpmlp.strategy import Strategy
 
 Orientation = tuple[str, str]  # (major, minor): mesh axes that split the features
@@ -207,7 +215,9 @@ def place_graph(graph: Structure, mesh: Mesh, strategy: Strategy | None = None) 
         ValueError: a strategy that graphs cannot have, or that the mesh cannot; heads that the
             mesh does not divide.
     """
-    return _place(graph, mesh, _check(check_strategy(strategy, mesh)))
+    placement = _place(graph, mesh, _check(check_strategy(strategy, mesh)))
+    check_no_stages(placement, "a Graph")
+    return placement
 
 
 def _check(strategy: Strategy) -> Strategy:

@@ -19,6 +19,7 @@ from tpmlp.model import MLP, Params
 from tpmlp.models import Model
 from tpmlp.objective import Objective, make_objective
 from tpmlp.parameters import check_params
+from tpmlp.placement import check_no_stages
 from tpmlp.randomness import check_dropout_key, random_words
 from tpmlp.strategy import Strategy
 
@@ -245,6 +246,7 @@ def trace(
     objective = make_objective(
         model, loss=loss, mesh=mesh, regularizer=regularizer, strategy=strategy
     )
+    check_no_stages(objective.placement, "trace")
     params = check_params(model, params, objective.placement)
     batch = place_batch(objective.placement, objective.loss, Batch(x, y, weight))
     keys = check_dropout_key(model, key)

@@ -99,8 +99,7 @@ def penalty_value(params: Params, network: Network, penalty: ElementwisePenalty)
     if not counted:
         return jnp.zeros((), param_dtype(params))
     local = jnp.sum(jnp.stack([penalty.value(block) for block in counted]))
-    partial = "+g+s+d -> " if network.placement.splits_data else "+g+s -> "
-    return all_reduce(partial, local, **network.head.axes)
+    return all_reduce(_over_parameters(network), local, p="stage", **network.head.axes)
 
 
 def add_penalty(
@@ -137,10 +136,15 @@ def global_norm(params: Params, network: Network) -> jax.Array:
         A scalar, equal on all devices, in `norm_dtype`.
     """
     dtype = norm_dtype(params)
-    partial = "+g+s+d -> " if network.placement.splits_data else "+g+s -> "
     blocks = jax.tree.leaves(params)
     squares = jnp.stack([jnp.sum(jnp.square(block.astype(dtype))) for block in blocks])
-    return jnp.sqrt(all_reduce(partial, jnp.sum(squares), **network.head.axes))
+    total = all_reduce(_over_parameters(network), jnp.sum(squares), p="stage", **network.head.axes)
+    return jnp.sqrt(total)
+
+
+def _over_parameters(network: Network) -> str:
+    """Return the signature of a sum over all devices that parameters are split over."""
+    return "+g+s+d+p -> " if network.placement.splits_data else "+g+s+p -> "
 
 
 def over_samples(values: jax.Array, network: Network) -> jax.Array:

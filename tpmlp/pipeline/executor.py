@@ -29,6 +29,7 @@ from tpmlp.collectives import (
 from tpmlp.kernels import dense, terms
 from tpmlp.kernels.backprop import Chain
 from tpmlp.kernels.execution import execution
+from tpmlp.kernels.network import Finished, Passed
 from tpmlp.kernels.objective import Samples, Value
 from tpmlp.losses import Head, Loss
 from tpmlp.pipeline import chunk as stage
@@ -65,6 +66,35 @@ class Pipeline(NamedTuple):
     def adds(self) -> bool:
         """Nothing: it adds nothing to the objective."""
         return False
+
+    def forward(self, params: Staged, x: jax.Array, share: jax.Array | None) -> Passed:
+        """Run forward, the whole batch at once, one stage after another."""
+
+        def back(g: jax.Array, reduce: bool) -> Finished:
+            raise NotImplementedError("a pipeline's step is value_and_grad")
+
+        return Passed(outputs(params, x, self), None, back)
+
+    @property
+    def kept_specs(self) -> tuple[()]:
+        """Nothing is kept."""
+        return ()
+
+    def outputs(self, params: Staged, x: jax.Array) -> tuple[jax.Array, tuple[()]]:
+        """Return z_{L+1}; nothing is kept."""
+        return outputs(params, x, self), ()
+
+    def gradients(self, params: Staged, x: jax.Array, kept: Any, g: jax.Array) -> Any:
+        """Refuse: what was not kept cannot be gone back through."""
+        raise ValueError(
+            "apply must not be differentiated on a mesh with stages, where it keeps nothing: got "
+            f"stage={self.placement.sizes['stage']}. Use value_and_grad(model, loss=None, ...) and "
+            "step(params, x, cotangent=...)."
+        )
+
+    def dropping(self, words: jax.Array) -> "Pipeline":
+        """Return the pipeline: it drops nothing."""
+        return self
 
 
 class Carry(NamedTuple):
@@ -159,6 +189,16 @@ def value_and_grad(
     return value, terms.add_penalty(params, grads, network, penalty) if penalty else grads
 
 
+def outputs(params: Staged, x: jax.Array, network: Pipeline) -> jax.Array:
+    """Compute z_{L+1}, "C/g/s B/d" on every stage, of a batch that goes through as one.
+
+    Each stage waits for the one before: it is for looking, where nothing has to be fast.
+    """
+    samples = Samples(x, None, jnp.zeros(x.shape[0], x.dtype))
+    step = _Step(params, samples, jnp.zeros((), x.dtype), network, None)
+    return step.look(x)
+
+
 class _Step:
     """One training step on one device's blocks."""
 
@@ -168,7 +208,7 @@ class _Step:
         samples: Samples,
         total: jax.Array,
         network: Pipeline,
-        loss: Loss,
+        loss: Loss | None,
     ) -> None:
         placement = network.placement
         self.network, self.placement, self.loss, self.total = network, placement, loss, total
@@ -180,7 +220,7 @@ class _Step:
             for pair, axes in zip((params.first, params.last), placement.ends_axes, strict=True)
         )
         self.slots = [tuple(None if a is None else a[0] for a in pair) for pair in params.slots]
-        m = placement.strategy.microbatches
+        m = placement.strategy.microbatches if loss is not None else 1
         self.parts = jax.tree.map(lambda a: a.reshape(m, -1, *a.shape[1:]), samples)
 
     @property
@@ -197,6 +237,33 @@ class _Step:
         """Run the table."""
         carry, _ = lax.scan(self.tick, self.start(), self.rows())
         return carry
+
+    def look(self, x: jax.Array) -> jax.Array:
+        """Run the layers of one virtual stage after another, each on its own stage."""
+        route, per_chunk = self.placement.schedule.route, self.stages.slots_per_chunk
+        chain = self.placement.chain
+        z = per_stage(self.types.to_compute(stage.layer_forward(x, self.first, 1, self.chunk(0))))
+        for virtual in range(route.num_virtual_stages):
+            at, c = route.place(virtual)
+
+            def run(z: jax.Array, c: int = c) -> jax.Array:
+                return per_stage([z, *stage.forward(z, self.chunk(c))][-1])
+
+            z = lax.cond(self.stage == at, run, jnp.zeros_like, z)
+            if virtual + 1 < route.num_virtual_stages:
+                receiver, _ = route.place(virtual + 1)
+                by = -route.ring(at, receiver, "F")
+                z = _moved(z, by, per_chunk, chain.axes[per_chunk])
+        axes = {**chain.axes[-1], "p": "stage"}
+
+        def last(z: jax.Array) -> jax.Array:
+            outputs = stage.layer_forward(z, self.last, per_chunk + 2, self.chunk(0))
+            return per_stage(outputs.astype(self.dtype))
+
+        shape = (chain.padded_widths[-1] // self.num_tensor_devices, x.shape[0])
+        nothing = zeros("O/g/s B/d +p", shape, self.dtype, **axes)
+        found = lax.cond(self.stage == at, last, lambda z: nothing, z)
+        return all_reduce("O/g/s B/d +p -> O/g/s B/d", found, **axes)
 
     def rows(self) -> Row:
         """Return this stage's columns of the tables."""

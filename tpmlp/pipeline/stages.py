@@ -11,6 +11,7 @@ slots at its end are empty, zeros that nothing reads.
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from tpmlp.pipeline.route import Route
 
@@ -54,9 +55,7 @@ class Stages:
         ends = [0]
         for i in range(count):
             ends.append(ends[-1] + each + (i < more))
-        return tuple(
-            tuple(range(start + 1, end + 1)) for start, end in zip(ends[:-1], ends[1:], strict=True)
-        )
+        return tuple(tuple(range(start + 1, end + 1)) for start, end in pairwise(ends))
 
     @cached_property
     def interior(self) -> tuple[tuple[int, ...], ...]:

@@ -205,16 +205,17 @@ def _uncut(leaf: Any) -> Cut:
     return Cut("-" * leaf.ndim, {})
 
 
-def shape_trees(model: Model, num_blocks: int, dtype: Any) -> tuple[Tree, Tree]:
+def shape_trees(model: Model, placement: Any, dtype: Any) -> tuple[Tree, Tree]:
     """Return the parameters as ShapeDtypeStructs, logical and padded."""
 
     def logical(spec: ParameterSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(spec.shape, dtype)
 
     def padded(spec: ParameterSpec) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(spec.padded(num_blocks), dtype)
+        return jax.ShapeDtypeStruct(spec.padded(placement.num_blocks), dtype)
 
-    return jax.tree.map(logical, model.parameters), jax.tree.map(padded, model.parameters)
+    specs = model.specs(placement)
+    return jax.tree.map(logical, specs), jax.tree.map(padded, specs)
 
 
 def _takes_value(tx: Any) -> bool:

@@ -71,12 +71,13 @@ def make_optimizer(optimizer: Any, *, model: Model, placement: Any, dtype: Any) 
             f"{type(optimizer).__name__}. Use for example optax.adam(1e-3), called; of "
             "optax.MultiSteps its gradient_transformation()."
         )
-    setting = _Setting(*shape_trees(model, placement.num_blocks, jnp.dtype(dtype)))
+    setting = _Setting(*shape_trees(model, placement, jnp.dtype(dtype)))
     _check_arguments(optimizer, setting)
-    if setting.is_padded or placement.is_invariant:
+    is_staged = placement.sizes["stage"] > 1
+    if setting.is_padded or placement.is_invariant or is_staged:
         with jax.default_device(placement.mesh.local_devices[0]), jax.enable_x64(True):
-            if placement.is_invariant:
-                _check_elementwise(optimizer, setting)
+            if placement.is_invariant or is_staged:
+                _check_elementwise(optimizer, setting, STACKED if is_staged else IN_BLOCKS)
             else:
                 _check_padding(optimizer, setting, model, placement)
     return ShardedOptimizer(model, placement, setting.optimizer(optimizer))
@@ -182,7 +183,15 @@ def _check_padding(tx: Any, setting: _Setting, model: Model, placement: Any) -> 
     )
 
 
-def _check_elementwise(tx: Any, setting: _Setting) -> None:
+# Why an optimiser must be elementwise, and the way out.
+IN_BLOCKS = (
+    "with reduction='invariant', which updates one block of the parameters after another",
+    "reduction='fast'",
+)
+STACKED = ("on a mesh with stages, where layers of all stages are one array", "stage=1")
+
+
+def _check_elementwise(tx: Any, setting: _Setting, why: tuple[str, str]) -> None:
     """Refuse what looks at more than one element: in blocks it would do something else."""
     if _is_elementwise(tx, setting):
         return
@@ -190,9 +199,8 @@ def _check_elementwise(tx: Any, setting: _Setting) -> None:
         tx, lambda part: not _is_refused(part, setting) and not _is_elementwise(part, setting)
     )
     raise ValueError(
-        "optimizer must be elementwise with reduction='invariant', which updates one block of the "
-        f"parameters after another: got {', '.join(names)}. Use for example optax.adam(1e-3) or "
-        "optax.sgd(0.1, momentum=0.9), or reduction='fast'."
+        f"optimizer must be elementwise {why[0]}: got {', '.join(names)}. Use for example "
+        f"optax.adam(1e-3) or optax.sgd(0.1, momentum=0.9), or {why[1]}."
     )
 
 
