@@ -24,7 +24,7 @@ from tpmlp.draw import draw_layers
 from tpmlp.kernels.backprop import Chain
 from tpmlp.layout import padded
 from tpmlp.losses import get_loss
-from tpmlp.pipeline.executor import Pipeline
+from tpmlp.pipeline.network import Pipeline
 from tpmlp.pipeline.placement import PipelinePlacement, place_stages
 from tpmlp.pipeline.staged import Staged, staged_specs, to_stages
 from tpmlp.placement import (
@@ -149,8 +149,8 @@ class MLP:
             ValueError: another number of layers; biases where there are none, or none where there
                 are.
         """
-        if isinstance(params, Staged) and params.stages.num_layers == self.num_layers:
-            return params
+        if isinstance(params, Staged):
+            return self._check_staged(params)
         pairs = isinstance(params, tuple | list) and all(
             isinstance(layer, tuple | list) and len(layer) == 2 for layer in params
         )
@@ -168,6 +168,18 @@ class MLP:
                     "to another model."
                 )
         return tuple(map(tuple, params))
+
+    def _check_staged(self, params: Staged) -> Staged:
+        """Return parameters of a pipeline, or refuse those of another model."""
+        stages = params.stages
+        got = stages.num_layers, params.first[1] is not None
+        if got != (self.num_layers, self.bias):
+            raise ValueError(
+                f"params must be of num_layers={self.num_layers}, bias={self.bias}: got "
+                f"num_layers={got[0]}, bias={got[1]}, on {stages.route.num_stages} stages. They "
+                "belong to another model."
+            )
+        return params
 
     def init(
         self, key: jax.Array, mesh: Mesh, *, strategy: Strategy | None = None, dtype: Any = None
@@ -268,10 +280,10 @@ class MLP:
 
 
 @lru_cache(maxsize=16)
-def _drawing(model: MLP, placement: Placement, dtype: Any) -> Callable[[jax.Array], Params]:
+def _drawing(model: MLP, placement: Any, dtype: Any) -> Callable[[jax.Array], Any]:
     widths = tuple(padded(width, placement.num_blocks) for width in model.widths)
 
-    def draw(key: jax.Array) -> Params:
+    def draw(key: jax.Array) -> Any:
         layers = _draw(model, widths, dtype, key)
         is_staged = isinstance(placement, PipelinePlacement)
         return to_stages(layers, placement.stages) if is_staged else layers

@@ -20,7 +20,7 @@ from tpmlp.losses import Cotangent, Loss, get_loss
 from tpmlp.models import Model, check_model
 from tpmlp.parameters import logical_params
 from tpmlp.pipeline import executor
-from tpmlp.pipeline.executor import Pipeline
+from tpmlp.pipeline.network import Pipeline
 from tpmlp.regularizers import ElementwisePenalty, Regularizer, UserPenalty, get_regularizer
 from tpmlp.strategy import Strategy
 from tpmlp.summary import Summary

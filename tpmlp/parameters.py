@@ -101,12 +101,35 @@ def reshard(model: Model, params: Any, mesh: Mesh, *, strategy: Strategy | None 
     """
     params = _check_padded(model, params)
     placement = model.place(mesh, strategy)
+    if isinstance(params, Staged) or isinstance(placement, PipelinePlacement):
+        return _restage(model, params, placement, mesh, strategy)
     return jax.tree.map(
         lambda spec, array, sharding: _move(array, spec, placement.num_blocks, sharding),
         model.parameters,
         params,
         model.shardings(placement),
     )
+
+
+def _restage(model: Any, params: Any, placement: Any, mesh: Mesh, strategy: Any) -> Any:
+    """Move parameters to or from a mesh with stages, or to other stages."""
+    if jax.tree.leaves(params)[0].sharding.mesh.devices.tolist() != mesh.devices.tolist():
+        return from_numpy(model, to_numpy(model, params), mesh, strategy=strategy)
+    return _restaging(model, placement)(params)
+
+
+@lru_cache(maxsize=16)
+def _restaging(model: Any, placement: Any) -> Callable[[Any], Any]:
+    def pad(spec: ParameterSpec, array: jax.Array) -> jax.Array:
+        whole = spec.padded(placement.num_blocks)
+        return jnp.pad(array, [(0, m - n) for n, m in zip(spec.shape, whole, strict=True)])
+
+    def run(params: Any) -> Any:
+        layers = jax.tree.map(pad, model.parameters, logical_params(model, params))
+        is_staged = isinstance(placement, PipelinePlacement)
+        return to_stages(layers, placement.stages) if is_staged else layers
+
+    return jax.jit(run, out_shardings=model.shardings(placement))
 
 
 def logical_params(model: Model, params: Any) -> Any:

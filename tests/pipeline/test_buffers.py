@@ -41,13 +41,12 @@ class Stage:
             else:
                 assert plan.inbox_h[at] == NOTHING
             self.activations[plan.activations[at]] = ("kept", microbatch, virtual)
-            return ("h", microbatch, virtual + 1) if virtual < last else None
+            # The last F goes on to the loss and leaves its gradient for the stage's own B.
+            here = ("g", microbatch, virtual)
+            return ("h", microbatch, virtual + 1) if virtual < last else here
         if kind == B:
             assert self.activations[plan.activations[at]] == ("kept", microbatch, virtual)
-            if virtual < last:
-                assert self.inbox_g[plan.inbox_g[at]] == ("g", microbatch, virtual)
-            else:
-                assert plan.inbox_g[at] == NOTHING
+            assert self.inbox_g[plan.inbox_g[at]] == ("g", microbatch, virtual)
             self.deferred[plan.deferred[at]] = ("g", microbatch, virtual)
             self.waiting = ("g", microbatch, virtual - 1) if virtual > 0 else None
             return self.waiting if schedule.splits_backward else None
@@ -98,11 +97,12 @@ def test_no_buffer_has_more_slots_than_are_in_use_at_once(schedule):
     for name, (kind, moves) in used.items():
         alive = np.zeros((schedule.num_ticks, schedule.num_stages), int)
         for (stage, task), tick in ticks_of.items():
-            if task.kind != kind or (moves and schedule.route.awaits(stage, task) is None):
+            awaited = schedule.route.awaits(stage, task)
+            if task.kind != kind or (kind == "F" and awaited is None):
                 continue
-            # A message lives from the tick after the one it left in; g from B's own tick.
-            needed = schedule.route.awaits(stage, task) if moves else None
-            needed = needed or schedule.route.needs(stage, task)[0]
+            # A message lives from the tick after the one it left in; g from B's own tick, and that
+            # of the loss from the tick after its F.
+            needed = awaited or schedule.route.needs(stage, task)[0]
             alive[ticks_of[needed] + moves : tick + 1, stage] += 1
         assert getattr(plan, f"num_{name}") == alive.max()
 
@@ -123,9 +123,10 @@ def test_messages_and_arrivals_say_the_same(schedule):
         for tick, stage in np.argwhere(slots != NOTHING)
     }
     assert said == arrived
-    # Every virtual stage but the last sends h on, and every one but the first sends g back.
+    # Every virtual stage but the last sends h on, and every one but the first sends g back; the
+    # last one has g of the loss.
     boundaries = schedule.route.num_virtual_stages - 1
-    assert sum(map(len, plan.messages)) == 2 * boundaries * schedule.num_microbatches
+    assert sum(map(len, plan.messages)) == (2 * boundaries + 1) * schedule.num_microbatches
 
 
 @given(schedules())
@@ -140,7 +141,7 @@ def test_a_ring_brings_a_stage_one_message_a_tick_at_most(schedule):
 @pytest.mark.parametrize(("p", "m"), SIZES)
 def test_a_stage_keeps_one_or_two_messages_and_as_many_g_as_W_are_put_off(p, m):
     most = min(m, 2 * p - 1)
-    slots = {"gpipe": (m, 1, 1, 1), "1f1b": (p, 1, 1, 1)}
+    slots = {"gpipe": (m, 1, m, 1), "1f1b": (p, 1, 1, 1)}
     slots |= {"zb-h1": (p, 1, 1, p), "zb-h2": (most, 1 if m == p == 2 else 2, 1, most)}
     for name, expected in slots.items():
         plan = plan_buffers(make_schedule(name, p, m))
@@ -159,5 +160,8 @@ def test_arrays_are_constants_of_a_program():
 
 def test_a_loop_moves_h_forward_and_g_back_only():
     plan = plan_buffers(make_schedule("interleaved", 2, 4, 2))
-    for slots in (plan.from_before.g, plan.from_after.h, plan.from_self.h, plan.from_self.g):
+    for slots in (plan.from_before.g, plan.from_after.h, plan.from_self.h):
         assert (slots == NOTHING).all()
+    of_the_loss = plan.from_self.g != NOTHING
+    assert not of_the_loss[:, 0].any()
+    assert of_the_loss[:, 1].sum() == 4

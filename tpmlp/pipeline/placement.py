@@ -20,7 +20,7 @@ from tpmlp.layout import partition_spec
 from tpmlp.pipeline.buffers import Buffers, plan_buffers
 from tpmlp.pipeline.generators import make_schedule
 from tpmlp.pipeline.schedule import Schedule
-from tpmlp.pipeline.staged import Staged
+from tpmlp.pipeline.staged import Pair, Staged
 from tpmlp.pipeline.stages import Stages
 from tpmlp.placement import OnMesh, OutputSpec, Placement, SampleSpec, place_chain
 from tpmlp.strategy import Strategy
@@ -72,13 +72,12 @@ class PipelinePlacement(OnMesh):
     def shardings(self) -> Staged:
         """The sharding of every parameter, in their structure."""
 
-        def pair(layouts: tuple[str, str], axes: dict[str, str]) -> tuple[NamedSharding, ...]:
-            return tuple(
+        def pair(layouts: tuple[str, str], axes: dict[str, str]) -> Pair:
+            W, b = (
                 NamedSharding(self.mesh, partition_spec(layout, self.mesh, axes))
-                if self.bias or layout == layouts[0]
-                else None
                 for layout in layouts
             )
+            return W, b if self.bias else None
 
         first, last = self.ends_axes
         per_chunk = self.stages.slots_per_chunk

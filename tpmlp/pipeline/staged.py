@@ -69,8 +69,8 @@ def staged_specs(layers: Sequence[Pair], stages: Stages) -> Staged:
         return ParameterSpec(f"{kind} of slot {k}", shape, split)
 
     of_interior = layers[1] if stages.num_slots else (None, None)
-    slots = [tuple(slot(k, spec) for spec in of_interior) for k in range(stages.num_slots)]
-    return Staged((tuple(layers[0]), *slots, tuple(layers[-1])), stages)
+    slots = [(slot(k, of_interior[0]), slot(k, of_interior[1])) for k in range(stages.num_slots)]
+    return Staged((layers[0], *slots, layers[-1]), stages)
 
 
 def to_stages(layers: Sequence[Pair], stages: Stages) -> Staged:
@@ -86,7 +86,8 @@ def to_stages(layers: Sequence[Pair], stages: Stages) -> Staged:
         return numpy.stack([empty if l is None else layers[l - 1][which] for l in here])
 
     slots = [(slot(k, 0), slot(k, 1)) for k in range(stages.num_slots)]
-    return Staged((tuple(layers[0]), *slots, tuple(layers[-1])), stages)
+    first, last = layers[0], layers[-1]
+    return Staged(((first[0], first[1]), *slots, (last[0], last[1])), stages)
 
 
 def to_layers(params: Staged) -> list[Pair]:

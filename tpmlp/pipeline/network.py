@@ -1,0 +1,111 @@
+"""A pipeline as the objective's network (tpmlp.kernels.network), for what only looks."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tpmlp.activations import Activation
+from tpmlp.collectives import all_reduce, per_stage, zeros
+from tpmlp.kernels.backprop import Chain
+from tpmlp.kernels.network import Finished, Passed
+from tpmlp.losses import Head
+from tpmlp.pipeline.chunk import forward, layer_forward
+from tpmlp.pipeline.on_stage import OnStage
+from tpmlp.pipeline.placement import PipelinePlacement
+from tpmlp.pipeline.staged import Staged
+
+
+class Pipeline(NamedTuple):
+    """A chain of dense layers on a mesh with stages.
+
+    Attributes:
+        placement: where its arrays are, and its schedule.
+        activation: sigma and sigma'.
+    """
+
+    placement: PipelinePlacement
+    activation: Activation
+
+    @property
+    def chain(self) -> Chain:
+        """The layers that a stage has at most."""
+        return Chain(self.placement.chain, self.activation)
+
+    @property
+    def head(self) -> Head:
+        """Where z_{L+1} is."""
+        return self.chain.head
+
+    @property
+    def adds(self) -> bool:
+        """Nothing: it adds nothing to the objective."""
+        return False
+
+    def forward(self, params: Staged, x: jax.Array, share: jax.Array | None) -> Passed:
+        """Run forward, the whole batch at once, one stage after another."""
+
+        def back(g: jax.Array, reduce: bool) -> Finished:
+            raise NotImplementedError("a pipeline's step is value_and_grad")
+
+        return Passed(self.outputs(params, x)[0], None, back)
+
+    @property
+    def kept_specs(self) -> tuple[()]:
+        """Nothing is kept."""
+        return ()
+
+    def outputs(self, params: Staged, x: jax.Array) -> tuple[jax.Array, tuple[()]]:
+        """Return z_{L+1} on every stage, of the whole batch at once; nothing is kept.
+
+        Each stage waits for the one before: it is for looking, where nothing has to be fast.
+        """
+        here, route = OnStage(params, self.placement, self.chain), self.placement.schedule.route
+        chain, dtype, at = self.placement.chain, params.first[0].dtype, 0
+        z = per_stage(here.types.to_compute(layer_forward(x, here.first, 1, here.chunk(0))))
+        for virtual in range(route.num_virtual_stages):
+            at, c = route.place(virtual)
+
+            def run(z: jax.Array, c: int = c) -> jax.Array:
+                return per_stage([z, *forward(z, here.chunk(c))][-1])
+
+            z = lax.cond(here.stage == at, run, jnp.zeros_like, z)
+            if virtual + 1 < route.num_virtual_stages:
+                receiver, _ = route.place(virtual + 1)
+                z = here.moved_h(z, -route.ring(at, receiver, "F"))
+        axes = {**chain.axes[-1], "p": "stage"}
+
+        def last(z: jax.Array) -> jax.Array:
+            return per_stage(
+                layer_forward(z, here.last, len(chain.axes), here.chunk(0)).astype(dtype)
+            )
+
+        shape = (chain.padded_widths[-1] // here.num_tensor_devices, x.shape[0])
+        nothing = zeros("O/g/s B/d +p", shape, dtype, **axes)
+        found = lax.cond(here.stage == at, last, lambda z: nothing, z)
+        return all_reduce("O/g/s B/d +p -> O/g/s B/d", found, **axes), ()
+
+    def gradients(self, params: Staged, x: jax.Array, kept: Any, g: jax.Array) -> Any:
+        """Refuse: what was not kept cannot be gone back through."""
+        raise ValueError(
+            "apply must not be differentiated on a mesh with stages, where it keeps nothing: got "
+            f"stage={self.placement.sizes['stage']}. Use value_and_grad(model, loss=None, ...) and "
+            "step(params, x, cotangent=...)."
+        )
+
+    def reduce(self, grads: Staged) -> Staged:
+        """Return gradients: a step has summed them."""
+        return grads
+
+    def zeros(self, params: Staged, dtype: Any) -> Staged:
+        """Refuse: a step adds its own microbatches up."""
+        raise NotImplementedError("a pipeline's step is value_and_grad")
+
+    def at(self, first_sample: Any, num_samples: int) -> "Pipeline":
+        """Return the pipeline: all samples are alike to it."""
+        return self
+
+    def dropping(self, words: jax.Array) -> "Pipeline":
+        """Return the pipeline: it drops nothing."""
+        return self
