@@ -322,8 +322,8 @@ PARAMETERS: dict[str, Case] = {
     ),
     "unknown axis": (lambda: api.make_mesh(z=2), ("mesh axis", "z=2", "data")),
     "stages": (
-        lambda: api.value_and_grad(MODEL, loss="mse", mesh=api.make_mesh(stage=2, x=4)),
-        ("stage", "stage=2", "x, y"),
+        lambda: api.value_and_grad(MODEL, loss="mse", mesh=api.make_mesh(stage=4, x=2)),
+        ("num_layers=2", "stage=4", "4 layers or more"),
     ),
     "integer regularizer": (
         lambda: api.value_and_grad(

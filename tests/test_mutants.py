@@ -201,14 +201,14 @@ MUTANTS = {
     ),
     "a ring the wrong way round": Mutant(
         "collectives.py",
-        "pairs = [((i + by) % size, i) for i in range(size)]",
-        "pairs = [((i - by) % size, i) for i in range(size)]",
+        "place[name] = (place[name] + by) % sizes[name]",
+        "place[name] = (place[name] - by) % sizes[name]",
         f"{RING}-gather-x-dW]",
     ),
     "hops in twice the bytes": Mutant(
         "collectives.py",
-        "_moved(lambda x: lax.ppermute(x, axes[role], pairs), x)",
-        "lax.ppermute(x, axes[role], pairs)",
+        "_moved(lambda x: lax.ppermute(x, names, pairs), x)",
+        "lax.ppermute(x, names, pairs)",
         f"{FIELDS}::test_sums_of_bfloat16_are_hops_of_bfloat16",
     ),
     "split weights gathered once and kept": Mutant(
@@ -265,8 +265,8 @@ MUTANTS = {
     ),
     "copies of a gradient counted in its norm": Mutant(
         "kernels/terms.py",
-        "jnp.sum(squares), **network",
-        'jnp.sum(squares) * jax.lax.axis_size("data"), **network',
+        "jnp.sum(squares), p=",
+        'jnp.sum(squares) * jax.lax.axis_size("data"), p=',
         "tests/test_norms.py::"
         "test_clipped_gradients_have_the_norm_of_the_bound_and_the_same_direction[2x1x1-column]",
     ),
@@ -284,8 +284,8 @@ MUTANTS = {
     ),
     "an array that is not turned": Mutant(
         "collectives.py",
-        "device(*divmod(j * majors + i, minors))",
-        "device(i, j)",
+        "divmod(block, sizes[minor])",
+        "place[major], place[minor]",
         f"{ENGINE}::test_a_residual_over_one_dense_vertex_is_turned[sizes0]",
     ),
     "padding counted in a mean over features": Mutant(

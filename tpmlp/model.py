@@ -27,16 +27,16 @@ from tpmlp.losses import get_loss
 from tpmlp.pipeline.network import Pipeline
 from tpmlp.pipeline.placement import PipelinePlacement, place_stages
 from tpmlp.pipeline.staged import Staged, staged_specs, to_stages
+from tpmlp.pipeline.summary import summarize_pipeline
 from tpmlp.placement import (
     ParameterSpec,
-    Placement,
     check_no_stages,
     check_strategy,
     place_chain,
 )
 from tpmlp.regularizers import ElementwisePenalty, get_regularizer
 from tpmlp.strategy import Strategy
-from tpmlp.summary import Summary, summarize
+from tpmlp.summary import summarize
 
 Params = tuple[tuple[jax.Array, jax.Array | None], ...]
 Arrays = list[tuple[np.ndarray, np.ndarray | None]]
@@ -218,7 +218,7 @@ class MLP:
         loss: Any = None,
         regularizer: Any = None,
         dtype: Any = None,
-    ) -> Summary:
+    ) -> Any:
         """Return what one device holds of every array, and what it receives in a step.
 
         Args:
@@ -230,10 +230,7 @@ class MLP:
             dtype: float32 by default.
 
         Returns:
-            A Summary; print it.
-
-        Raises:
-            ValueError: a mesh with stages.
+            A Summary, on a mesh with stages a PipelineSummary; print it.
 
         Examples:
             >>> from tpmlp.mesh import make_mesh
@@ -250,11 +247,17 @@ class MLP:
             z_2     row     O/g/s B/d  [128, 10]   [128, 2]         1.00 KiB
             g_2     row     O/g/s B/d  [128, 10]   [128, 2]         1.00 KiB
         """
+        placement = self.place(mesh, strategy)
+        batch_size = check_count("batch_size", batch_size, "Give the samples of one step.")
+        dtype = check_dtype("dtype", jnp.float32 if dtype is None else dtype)
+        if isinstance(placement, PipelinePlacement):
+            specs = self.specs(placement)
+            return summarize_pipeline(placement, specs, batch_size=batch_size, dtype=dtype)
         return summarize(
-            self._place_whole(mesh, strategy, "summary"),
+            placement,
             bias=self.bias,
-            batch_size=check_count("batch_size", batch_size, "Give the samples of one step."),
-            dtype=check_dtype("dtype", jnp.float32 if dtype is None else dtype),
+            batch_size=batch_size,
+            dtype=dtype,
             loss=None if loss is None else get_loss(loss),
             penalty=isinstance(get_regularizer(regularizer), ElementwisePenalty),
         )
@@ -270,13 +273,9 @@ class MLP:
             ValueError: a mesh with stages.
             ModuleNotFoundError: matplotlib is not installed.
         """
-        return draw_layers(self._place_whole(mesh, strategy, "plot"))
-
-    def _place_whole(self, mesh: Mesh, strategy: Strategy | None, name: str) -> Placement:
-        """Return where layers are that every device has a part of."""
         placement = self.place(mesh, strategy)
-        check_no_stages(placement, name)
-        return placement
+        check_no_stages(placement, "plot")
+        return draw_layers(placement)
 
 
 @lru_cache(maxsize=16)

@@ -188,6 +188,7 @@ def check_params(model: Model, params: Any, placement: Any) -> Any:
         ValueError: names the array, what it is and what it must be.
     """
     params = model.structured(params)
+    _check_stages(model, params, placement)
     if not any(isinstance(array, Tracer) for array in jax.tree.leaves(params)):
         params = _check_padded(model, params)
     jax.tree.map(
@@ -197,6 +198,23 @@ def check_params(model: Model, params: Any, placement: Any) -> Any:
         model.shardings(placement),
     )
     return params
+
+
+def _check_stages(model: Model, params: Any, placement: Any) -> None:
+    """Refuse parameters of other stages than the mesh's, or of none."""
+    structures = [jax.tree.structure(model.specs(of)) for of in (params, placement)]
+    if structures[0] != structures[1]:
+        stages = [
+            f"{of.stages.route.num_stages} stages with {of.stages.route.num_chunks} chunks"
+            if isinstance(of, Staged | PipelinePlacement)
+            else "no stages"
+            for of in (params, placement)
+        ]
+        raise ValueError(
+            f"params must be placed for {stages[1]}, as the mesh and the strategy say: got "
+            f"parameters of {stages[0]}. Move them by tpmlp.reshard(model, params, mesh, "
+            "strategy=...)."
+        )
 
 
 def _check_param(spec: ParameterSpec, array: Any, num_blocks: int, sharding: NamedSharding) -> None:

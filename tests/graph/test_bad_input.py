@@ -208,9 +208,9 @@ USED: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         ),
         ("['x', 'y']", "got ['x']"),
     ),
-    "trace": (
-        lambda: tpmlp.trace(GRAPH, (), ROWS, loss="output", mesh=tpmlp.make_mesh(x=2)),
-        ("tpmlp.MLP for trace", "Graph"),
+    "stages": (
+        lambda: tpmlp.value_and_grad(GRAPH, loss="output", mesh=tpmlp.make_mesh(stage=2)),
+        ("without stages", "a Graph", "stage=2", "stage=1"),
     ),
 }
 

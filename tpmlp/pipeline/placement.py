@@ -11,7 +11,7 @@ other. So they are split over the stages besides, gathered once a step, and thei
 back to where they are.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from jax.sharding import Mesh, NamedSharding
@@ -112,7 +112,9 @@ def _place(
             f"layers are one array: got widths={widths}, stage={mesh.shape['stage']}. Use for "
             f"example {max(interior)} for all of them, or stage=1."
         )
-    stages = Stages(num_layers=len(widths) - 1, route=schedule.route)
+    # Where layers are does not depend on when gradients leave.
+    route = replace(schedule.route, splits_backward=True)
+    stages = Stages(num_layers=len(widths) - 1, route=route)
     whole = (widths[0], *(widths[1],) * (stages.slots_per_chunk + 1), widths[-1])
     return PipelinePlacement(
         widths=widths,
