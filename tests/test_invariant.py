@@ -60,7 +60,6 @@ WIDTHS = (17, 12, 10)
 SOME: list[tuple[str, Sizes]] = [
     ("float32", (1, 8, 1)),
     ("float32", (1, 2, 4)),
-    ("bfloat16 products", (1, 2, 4)),
     ("bfloat16 products", (8, 1, 1)),
     ("bfloat16 throughout", (2, 2, 2)),
 ]

@@ -24,6 +24,9 @@ from tpmlp.model import MLP
 from tpmlp.norms import ClippedGradients, clip_by_global_norm, global_norm
 from tpmlp.outputs import apply
 from tpmlp.parameters import from_numpy, reshard, to_numpy
+from tpmlp.pipeline.generators import make_schedule
+from tpmlp.pipeline.schedule import Schedule, plot_schedules
+from tpmlp.pipeline.simulate import simulate
 from tpmlp.regularizers import elastic_net, l1, l2
 from tpmlp.step import value_and_grad
 from tpmlp.strategy import Strategy
@@ -46,6 +49,7 @@ __all__ = [
     "Loss",
     "NoiseScale",
     "Repeat",
+    "Schedule",
     "Strategy",
     "Vertex",
     "apply",
@@ -67,15 +71,18 @@ __all__ = [
     "load_safetensors",
     "logistic",
     "make_mesh",
+    "make_schedule",
     "mse",
     "output",
     "parameter_hash",
     "per_example_gradient_norms",
+    "plot_schedules",
     "predict",
     "reshard",
     "save_npz",
     "save_safetensors",
     "shard_batch",
+    "simulate",
     "simulate_devices",
     "to_numpy",
     "trace",

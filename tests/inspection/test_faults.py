@@ -121,7 +121,8 @@ PLANTED = [
 
 # What verify's step has none of: R, microbatches, a weight of 0, smoothing, split weights that are
 # moved too often, traffic and order (which are for the audit to find), draws, the audit itself,
-# norms and gradients of single samples, curvature; sums whose order is no fault but to a hash.
+# norms and gradients of single samples, curvature; sums whose order is no fault but to a hash;
+# graphs, whose faults tests/inspection/test_graph_verify.py plants, and stages.
 
 NOT_IN_THE_STEP = {
     "an out-neighbour left out",
@@ -152,6 +153,12 @@ NOT_IN_THE_STEP = {
     "a loop over one block that is taken apart",
     "products of whatever a device holds",
     "updates of whatever a device holds",
+    "a stage that sends g the wrong way",
+    "g sent before its W where the two are one",
+    "a buffer with a slot too few",
+    "a message that is not turned",
+    "gradients of empty slots",
+    "ends summed over the stages but one",
 }
 # These are refused while the step is traced: there is no report.
 REFUSED = {name for name, mutant in MUTANTS.items() if mutant.refused} - NOT_IN_THE_STEP
