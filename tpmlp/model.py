@@ -252,7 +252,10 @@ class MLP:
         dtype = check_dtype("dtype", jnp.float32 if dtype is None else dtype)
         if isinstance(placement, PipelinePlacement):
             specs = self.specs(placement)
-            return summarize_pipeline(placement, specs, batch_size=batch_size, dtype=dtype)
+            meant = None if loss is None else get_loss(loss)
+            return summarize_pipeline(
+                placement, specs, batch_size=batch_size, dtype=dtype, loss=meant
+            )
         return summarize(
             placement,
             bias=self.bias,

@@ -10,8 +10,6 @@ from tpmlp.inspection.audit import Audit
 from tpmlp.pipeline.summary import PipelineSummary
 
 TARGET = 1.15
-# LLVM's optimisations are half of the time that compiling takes, and change no buffer.
-QUICKLY: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 
 # (data, stage, x, y), schedule, microbatches, chunks, (width, layers, batch): weights or samples
 # take most of the memory; few and many microbatches.

@@ -7,9 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tpmlp.kernels.cost import total_bytes
 from tpmlp.kernels.execution import execution
 from tpmlp.layout import padded
+from tpmlp.losses import Loss
 from tpmlp.pipeline.buffers import NOTHING
+from tpmlp.pipeline.cost import stage_collectives
 from tpmlp.pipeline.memory import StepBytes, step_bytes
 from tpmlp.pipeline.placement import PipelinePlacement
 from tpmlp.placement import ParameterSpec
@@ -24,11 +27,13 @@ class StageSummary:
         stage: its index.
         layers: l of its layers, by chunk.
         peak: activations that it holds at most, each of a chunk and a microbatch.
+        received_bytes: what a device of it receives in a step, messages from other stages left out.
     """
 
     stage: int
     layers: tuple[tuple[int, ...], ...]
     peak: int
+    received_bytes: int | float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
@@ -62,14 +67,21 @@ class PipelineSummary:
 
     def __str__(self) -> str:
         rows = [
-            (s.stage, ", ".join(_span(layers) for layers in s.layers), s.peak) for s in self.stages
+            (
+                s.stage,
+                ", ".join(_span(layers) for layers in s.layers),
+                s.peak,
+                format_bytes(s.received_bytes),
+            )
+            for s in self.stages
         ]
+        headers = ["stage", "layers", "peak activations", "received in a step"]
         held = [(f.name, format_bytes(getattr(self.step, f.name))) for f in fields(self.step)]
         axes = " ".join(f"{name}={size}" for name, size in self.mesh.items())
         return (
             f"{self.schedule} on {axes}: {self.num_microbatches} microbatches in {self.num_ticks} "
             f"ticks, {self.idle:.0%} of slots idle\n"
-            f"{text_table(['stage', 'layers', 'peak activations'], rows)}\n\n"
+            f"{text_table(headers, rows)}\n\n"
             f"{text_table(['temporaries', 'on one device'], [*held, ('all', self._temporaries)])}\n"
             f"parameters on one device {format_bytes(self.param_bytes)}; it receives "
             f"{format_bytes(self.message_bytes)} from other stages in a step, of which "
@@ -84,7 +96,12 @@ class PipelineSummary:
 
 
 def summarize_pipeline(
-    placement: PipelinePlacement, specs: Any, *, batch_size: int, dtype: Any
+    placement: PipelinePlacement,
+    specs: Any,
+    *,
+    batch_size: int,
+    dtype: Any,
+    loss: Loss | None = None,
 ) -> PipelineSummary:
     """Return what one device holds in a training step.
 
@@ -93,6 +110,7 @@ def summarize_pipeline(
         specs: what each array of the parameters is.
         batch_size: samples of one step.
         dtype: of the parameters.
+        loss: the loss; None leaves its own collectives out.
     """
     schedule, stages = placement.schedule, placement.stages
     run, plan = execution(placement, dtype), placement.buffers
@@ -124,6 +142,11 @@ def summarize_pipeline(
                     for chunk in range(schedule.num_chunks)
                 ),
                 peak=schedule.peaks[stage],
+                received_bytes=total_bytes(
+                    stage_collectives(
+                        placement, stage, batch_size=batch_size, dtype=dtype, loss=loss
+                    )
+                ),
             )
             for stage in range(schedule.num_stages)
         ),
