@@ -4,7 +4,7 @@ The program has every task as a branch, once a tick: that is counted. What a sta
 follows from its own layers and the microbatches.
 """
 
-from collections import Counter
+from collections import defaultdict
 
 import pytest
 
@@ -15,15 +15,19 @@ from tpmlp.losses import get_loss
 from tpmlp.pipeline.cost import program_collectives, stage_collectives
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# One and two tensor axes, data, chunks both ways round, empty slots, no slots.
+SOME = CASES[:9:2] + CASES[11:12]
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
 def test_the_program_moves_what_is_predicted(case):
     given = {"loss": case.loss, "mesh": case.mesh, "strategy": case.strategy}
     step = tpmlp.value_and_grad(case.model, **given)
-    counted: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    counted: dict[tuple[str, tuple[str, ...]], float] = defaultdict(float)
     for row in tpmlp.audit(step.compile(BATCH, dtype="float64")).collectives:
         if row.kind != "ppermute":  # messages: tests/pipeline/test_memory.py
             counted[row.kind, row.axes] += row.total_bytes or 0
-    predicted: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    predicted: dict[tuple[str, tuple[str, ...]], float] = defaultdict(float)
     placement = case.model.place(case.mesh, case.strategy)
     loss = get_loss(case.loss)
     for row in program_collectives(placement, batch_size=BATCH, dtype="float64", loss=loss):

@@ -20,6 +20,7 @@ from typing import Any
 from tpmlp.kernels.cost import (
     Collective,
     LayerShape,
+    Phase,
     Types,
     backward_collectives,
     forward_collectives,
@@ -62,10 +63,11 @@ class Tasks:
         sizes, shape = self.placement.sizes, self.shapes[l - 1]
         if min(sizes["x"], sizes["y"]) == 1:
             return
-        for phase, tensor, item_bytes in (
+        rows: list[tuple[Phase, str, int]] = [
             ("forward", "z", self.types.compute),
             ("backward", "g", self.types.total),
-        ):
+        ]
+        for phase, tensor, item_bytes in rows:
             yield Collective(
                 phase=phase,
                 layer=l,
