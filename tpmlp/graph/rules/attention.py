@@ -17,6 +17,7 @@ from tpmlp.collectives import block_index
 from tpmlp.graph.placement import Node
 from tpmlp.graph.rules.rule import Given, Gradients, Params, Reader, Rule
 from tpmlp.layout import padded
+from tpmlp.xla import after
 
 # The angles by which a pair of features is turned: place * BASE^(-2i/d), i the pair's number.
 BASE = 10_000.0
@@ -56,7 +57,10 @@ def attention_backward(
     p = _weights(node, heads, given)
     dv = _product("kgbqt,kgdbq->kdbt", p.astype(run.compute), g_heads, run.total)
     dp = _product("kgdbq,kdbt->kgbqt", g_heads, heads.v, run.total)
-    ds = p * (dp - jnp.sum(dp * p, axis=-1, keepdims=True)) * _scale(heads)
+    ds = p * (dp - jnp.sum(dp * p, axis=-1, keepdims=True))
+    # Apart from what is before, or the CPU compiler fills an array of all weights with the scale,
+    # once, and has it there from the first vertex of attention to the last.
+    ds = after(ds, g_heads) * _scale(heads)
     ds = ds.astype(run.compute)
     dq = _product("kgbqt,kdbt->kgdbq", ds, heads.k, run.total)
     dk = _product("kgbqt,kgdbq->kdbt", ds, heads.q, run.total)
