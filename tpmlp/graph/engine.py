@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from tpmlp.collectives import all_gather, all_reduce, reduce_scatter, transpose
-from tpmlp.graph.kinds import ActivityL1, Source, Sum
+from tpmlp.graph.kinds import Activation, ActivityL1, Source, Sum
 from tpmlp.graph.placement import GATHER, WHOLE, GraphPlacement, Node
 from tpmlp.graph.rules import RULES, Given, Rule
 from tpmlp.graph.rules.elementwise import activity_value
@@ -202,6 +202,9 @@ class _Walk:
         self.summed: list[jax.Array] = []
         self.turns: dict[int, tuple[jax.Array, jax.Array]] = {}
         self.trained = trained_nodes(placement)
+        self.activated = {
+            node.inputs[0] for node in placement.program if isinstance(node.kind, Activation)
+        }
         users = Counter(node.owner for node in placement.program)
         self.uses = {(owner, name): users[owner] for owner, mine in params.items() for name in mine}
 
@@ -228,7 +231,11 @@ class _Walk:
         parts = self.parts.pop(node.name, None)
         if parts is None:
             return  # of ids
-        g = settled(sum(parts[1:], parts[0])) if len(parts) > 1 else parts[0]
+        g = sum(parts[1:], parts[0])
+        if len(parts) > 1 or node.name in self.activated:
+            # Several read it. Were it computed anew by each, the compiler would write out what is
+            # costly in sigma' for all of them: up to four arrays.
+            g = settled(g)
         if node.kind not in (GATHER, WHOLE):
             g = self.in_turn(g)
             self.g[node.name] = g
