@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
 
 from tpmlp.activations import activate
-from tpmlp.collectives import all_reduce, block_index, einsum
+from tpmlp.collectives import all_reduce, block_index, einsum, vary_like
 from tpmlp.graph.placement import Node
 from tpmlp.graph.rules.rule import Given, Gradients, Params, Reader, Rule, clear
 from tpmlp.graph.shape import seed_of
+from tpmlp.xla import after
 
 Inputs = tuple[jax.Array, ...]
 
@@ -137,10 +138,11 @@ def _mask(node: Node, like: jax.Array, given: Given) -> jax.Array:
     first_column = given.first_sample * node.shape.positions
     rows = first_row + jax.lax.broadcasted_iota(jnp.int32, like.shape, 0)
     columns = first_column + jax.lax.broadcasted_iota(jnp.int32, like.shape, 1)
-    rows, columns = rows.astype(jnp.uint32), columns.astype(jnp.uint32)
-    here = (rows ^ rows) | (columns ^ columns)  # 0, which differs where like does
-    key = (words[0] ^ jnp.uint32(seed_of(node.name))) | here
-    bits, _ = threefry2x32_p.bind(key, words[1] | here, columns | here, rows | here)
+    counters = [vary_like(place, like).astype(jnp.uint32) for place in (columns, rows)]
+    words = jnp.stack([words[0] ^ jnp.uint32(seed_of(node.name)), words[1]])
+    # Not before `like` is there, or the bits of all vertices are drawn first thing, and held.
+    key = after(vary_like(words, like), like)[:, None, None]
+    bits, _ = threefry2x32_p.bind(*key, *counters)
     kept = bits >= jnp.uint32(round(rate * 2**32))
     return jnp.where(kept, jnp.asarray(1 / (1 - rate), like.dtype), 0)
 
