@@ -17,7 +17,7 @@ from tpmlp.collectives import block_index
 from tpmlp.graph.placement import Node
 from tpmlp.graph.rules.rule import Given, Gradients, Params, Reader, Rule
 from tpmlp.layout import padded
-from tpmlp.xla import after
+from tpmlp.xla import after, unknown_zero
 
 # The angles by which a pair of features is turned: place * BASE^(-2i/d), i the pair's number.
 BASE = 10_000.0
@@ -92,7 +92,8 @@ def _kv_back(node: Node, grad: jax.Array) -> jax.Array:
     if node.kind.splits_kv(node.num_tensor_devices):
         return _joined(grad)
     width = node.input_shapes[1].features
-    zeros = jnp.zeros((node.kind.kv_heads, *grad.shape[1:]), grad.dtype)
+    # Zeros that the compiler knew would be made at the start of the step, for all such vertices.
+    zeros = jnp.full((node.kind.kv_heads, *grad.shape[1:]), unknown_zero(grad), grad.dtype)
     whole = _joined(zeros.at[_looked_at(node)].add(grad))
     return jnp.pad(whole, ((0, padded(width, node.num_blocks) - width), (0, 0)))
 

@@ -15,6 +15,7 @@ from tpmlp.graph.placement import Node
 from tpmlp.graph.rules.rule import Given, Gradients, Params, Reader, Rule, clear
 from tpmlp.graph.shape import Shape
 from tpmlp.layout import padded
+from tpmlp.xla import settled, unknown_zero
 
 Inputs = tuple[jax.Array, ...]
 
@@ -53,10 +54,10 @@ def concatenate(node: Node, params: Params, inputs: Inputs, given: Given) -> tup
 def concatenate_backward(
     node: Node, params: Params, read: Reader, residue: Any, g: jax.Array, given: Given
 ) -> Gradients:
-    """Take each input's features of g."""
+    """Take each input's features of g; settled, or g stays until the last is added to others."""
     g, grads, first = placed(node, g), [], 0
     for shape in node.input_shapes:
-        grads.append(_padded(node, g[first : first + shape.features]))
+        grads.append(settled(_padded(node, g[first : first + shape.features])))
         first += shape.features
     return Gradients(tuple(grads), {})
 
@@ -97,17 +98,22 @@ def function_backward(
 
 
 def own(node: Node, array: jax.Array) -> jax.Array:
-    """Return this device's block of features "F B/d", padded: "F/s/g B/d"."""
+    """Return this device's block of features "F B/d", padded: "F/s/g B/d".
+
+    Settled: else the compiler keeps all features for the backward pass, and takes the block there.
+    """
     array = _padded(node, array)
     size = array.shape[0] // node.num_tensor_devices
     index = block_index("F/s/g", **node.axes)
-    return jax.lax.dynamic_slice_in_dim(array, index * size, size)
+    return settled(jax.lax.dynamic_slice_in_dim(array, index * size, size))
 
 
 def placed(node: Node, block: jax.Array) -> jax.Array:
     """Return this device's block "F/s/g B/d" among zeros, padding cut off: "F B/d +s+g"."""
     size = block.shape[0]
-    zeros = jnp.zeros((size * node.num_tensor_devices, *block.shape[1:]), block.dtype)
+    shape = (size * node.num_tensor_devices, *block.shape[1:])
+    # Zeros that the compiler knew would be made at the start of the step, for all such vertices.
+    zeros = jnp.full(shape, unknown_zero(block), block.dtype)
     index = block_index("F/s/g", **node.axes)
     whole = jax.lax.dynamic_update_slice_in_dim(zeros, block, index * size, axis=0)
     return whole[: node.width]
