@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from tpmlp.collectives import all_gather, all_reduce, reduce_scatter, transpose
-from tpmlp.graph.kinds import Activation, ActivityL1, Source, Sum
+from tpmlp.graph.kinds import Activation, ActivityL1, LayerNorm, Source, Sum
 from tpmlp.graph.placement import GATHER, WHOLE, GraphPlacement, Node
 from tpmlp.graph.rules import RULES, Given, Rule
 from tpmlp.graph.rules.elementwise import activity_value
@@ -242,8 +242,8 @@ class _Walk:
         if isinstance(node.kind, Source):
             return
         params, _ = hold((dict(self.params.get(node.owner, {})), g))
+        params, residue = _anew(node, params, self.residues.get(node.name), g)
         params = _whole(node, params, g, self.given.run, self.placement)
-        residue = self.residues.get(node.name)
         result = rule_of(node).backward(node, params, self.reader(node, g), residue, g, self.given)
         for name, part in zip(node.inputs, result.inputs, strict=True):
             if part is not None:
@@ -325,11 +325,12 @@ class _Walk:
         """Compute r of a node again from what it reads."""
         run, rule = self.given.run, rule_of(node)
         inputs = tuple(_total(self.value(name, ready), run) for name in node.inputs)
-        params = _whole(node, self.params.get(node.owner, {}), inputs[0], run, self.placement)
+        mine = self.params.get(node.owner, {})
+        params, residue = _anew(node, mine, self.residues.get(node.name), ready)
+        params = _whole(node, params, inputs[0], run, self.placement)
         if rule.rebuild is None:
             assert node.kind in (GATHER, WHOLE)
             return rule.forward(node, params, inputs, self.given)[0]
-        residue = self.residues.get(node.name)
         return run.to_compute(rule.rebuild(node, params, inputs, residue, self.given))
 
     def recompute(self, segment: tuple[str, int]) -> None:
@@ -386,7 +387,8 @@ def _compute(
     if isinstance(node.kind, Source):
         return _source(node, inputs[node.name], run), None
     read = tuple(_total(values[name], run) for name in node.inputs)
-    whole = _whole(node, params.get(node.owner, {}), read[0], run, placement)
+    mine, _ = _anew(node, params.get(node.owner, {}), None, read[0])
+    whole = _whole(node, mine, read[0], run, placement)
     r, residue = rule_of(node).forward(node, whole, read, given)
     r = settled(r) if isinstance(node.kind, Sum) else r
     is_output = node.name == placement.graph.output
@@ -440,6 +442,21 @@ def _tied(array: jax.Array, ready: jax.Array) -> jax.Array:
     if not differs_over(ready) <= differs_over(array):
         return array
     return after(array, ready) if on_cpu() else hold((array, ready))[0]
+
+
+def _anew(
+    node: Node, params: Mapping[str, jax.Array], residue: Any, ready: jax.Array
+) -> tuple[Arrays, Any]:
+    """Return vectors of parameters and a residue as new values that wait for another array.
+
+    Where sums over features need no other device, the compiler writes both spread over the whole
+    batch, and would keep that from the forward pass to the backward pass if it were the same. Not
+    for a LayerNorm: it would be rounded otherwise than in the forward pass.
+    """
+    if node.num_tensor_devices > 1 or isinstance(node.kind, LayerNorm):
+        return dict(params), residue
+    used = {name: a if name == "W" else after(a, ready) for name, a in params.items()}
+    return used, jax.tree.map(lambda row: after(row, ready), residue)
 
 
 def _whole(
