@@ -9,6 +9,7 @@ for as long as it lives.
 References: XLA's buffer assignment, HeapSimulator::GlobalDecreasingSizeBestFitHeap.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -98,11 +99,20 @@ def _longest_first(buffer: Buffer) -> tuple[int, int, int]:
 
 def _packed_bytes(buffers: list[Buffer]) -> int:
     """Pack buffers in this order, each at the smallest gap that is free for as long as it lives."""
-    placed: list[tuple[int, Buffer]] = []
+    alive: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    made: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    height = 0
     for buffer in buffers:
-        taken = sorted((at, at + b.bytes) for at, b in placed if buffer.meets(b))
-        placed.append((_best_gap(buffer.bytes, taken), buffer))
-    return max((at + buffer.bytes for at, buffer in placed), default=0)
+        # It meets what is alive when it is made, and what is made while it lives.
+        later = range(buffer.made + 1, buffer.last + 1)
+        taken = sorted([*alive[buffer.made], *(place for t in later for place in made[t])])
+        start = _best_gap(buffer.bytes, taken)
+        place = start, start + buffer.bytes
+        made[buffer.made].append(place)
+        for t in range(buffer.made, buffer.last + 1):
+            alive[t].append(place)
+        height = max(height, place[1])
+    return height
 
 
 def _best_gap(num_bytes: int, taken: list[tuple[int, int]]) -> int:
