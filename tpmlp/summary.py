@@ -11,7 +11,7 @@ from tpmlp.layout import padded, parse_layout
 from tpmlp.losses import Loss
 from tpmlp.placement import Placement
 from tpmlp.predict import step_collectives, step_temp_bytes
-from tpmlp.table import format_bytes, text_table
+from tpmlp.table import format_bytes, memory_line, text_table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,9 +91,7 @@ class Summary:
 
     def memory(self) -> str:
         """Return what a device holds at the height of a step, optimiser not counted."""
-        within = "not predicted" if self.temp_bytes is None else format_bytes(self.temp_bytes)
-        held = format_bytes(self.param_bytes)
-        return f"on one device: parameters {held}, gradients {held}, within the step {within}"
+        return memory_line(self.param_bytes, self.temp_bytes)
 
     def collectives_table(self) -> str:
         """Return the table of the collectives of one step, in order."""

@@ -46,5 +46,21 @@ def format_bytes(num_bytes: float) -> str:
     return f"{size:.2f} TiB"
 
 
+def memory_line(param_bytes: float, temp_bytes: float | None) -> str:
+    """Return what a device holds at the height of a step, optimiser not counted.
+
+    Args:
+        param_bytes: of the parameters, and so of the gradients.
+        temp_bytes: of what lives within the step; None where it is not predicted.
+
+    Examples:
+        >>> memory_line(2048, 512)
+        'on one device: parameters 2.00 KiB, gradients 2.00 KiB, within the step 512 B'
+    """
+    within = "not predicted" if temp_bytes is None else format_bytes(temp_bytes)
+    held = format_bytes(param_bytes)
+    return f"on one device: parameters {held}, gradients {held}, within the step {within}"
+
+
 def _is_number(cell: str) -> bool:
     return cell[:1].isdigit() or cell[:1] in ("-", "+", ".", "?")

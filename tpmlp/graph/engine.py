@@ -105,14 +105,19 @@ def kept_names(placement: GraphPlacement) -> frozenset[str]:
     return frozenset(name for name in needed if not is_rebuilt(nodes[name], placement))
 
 
+def held_names(placement: GraphPlacement) -> frozenset[str]:
+    """Return the nodes whose r stays from the forward pass to the backward pass."""
+    stays, leaves = _segments(placement)
+    return (kept_names(placement) | leaves) & stays
+
+
 def kept_specs(placement: GraphPlacement) -> Any:
     """Return the PartitionSpecs of what a forward pass keeps."""
-    nodes, names, residues = placement.nodes, kept_names(placement), {}
-    stays, leaves = _segments(placement)
+    nodes, names, residues = placement.nodes, held_names(placement), {}
     values: dict[str, Any] = {
         name: placement.sharding(placement.result_layout(name), name).spec
         for name in nodes
-        if name in (names | leaves) & stays and not isinstance(nodes[name].kind, Source)
+        if name in names and not isinstance(nodes[name].kind, Source)
     }
     for node in placement.program:
         layout = None if isinstance(node.kind, Source) else rule_of(node).residue
@@ -202,9 +207,7 @@ class _Walk:
         self.summed: list[jax.Array] = []
         self.turns: dict[int, tuple[jax.Array, jax.Array]] = {}
         self.trained = trained_nodes(placement)
-        self.activated = {
-            node.inputs[0] for node in placement.program if isinstance(node.kind, Activation)
-        }
+        self.activated = activated_names(placement)
         users = Counter(node.owner for node in placement.program)
         self.uses = {(owner, name): users[owner] for owner, mine in params.items() for name in mine}
 
@@ -374,6 +377,11 @@ def trained_nodes(placement: GraphPlacement) -> set[str]:
     return trained
 
 
+def activated_names(placement: GraphPlacement) -> set[str]:
+    """Return the nodes that an activation reads."""
+    return {node.inputs[0] for node in placement.program if isinstance(node.kind, Activation)}
+
+
 def _compute(
     node: Node,
     values: Arrays,
@@ -405,9 +413,7 @@ def _source(node: Node, array: jax.Array, run: Execution) -> jax.Array:
 
 def _kept(values: Arrays, residues: dict[str, Any], placement: GraphPlacement) -> Kept:
     """Return what stays, as the strategy says."""
-    nodes = placement.nodes
-    stays, leaves = _segments(placement)
-    names = (kept_names(placement) | leaves) & stays
+    nodes, names = placement.nodes, held_names(placement)
     return Kept(
         {name: r for name, r in values.items() if name in names},
         {name: r for name, r in residues.items() if r is not None and not nodes[name].segment},

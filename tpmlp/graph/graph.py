@@ -171,7 +171,7 @@ class Graph(Structure):
             mesh: the mesh.
             batch_size: samples of one step.
             strategy: Strategy() by default.
-            loss: the loss, whose own collectives are counted when it is given.
+            loss: the loss, whose own collectives and arrays are counted when it is given.
             regularizer: R, whose own collective is counted when it is given.
             dtype: float32 by default.
 

@@ -7,12 +7,13 @@ from math import prod
 import jax.numpy as jnp
 
 from tpmlp.graph.cost import step_collectives
+from tpmlp.graph.memory import step_temp_bytes
 from tpmlp.graph.placement import GATHER, TURN, WHOLE, GraphPlacement, Node
 from tpmlp.kernels.cost import Collective, total_bytes
 from tpmlp.layout import padded
 from tpmlp.losses import Loss
 from tpmlp.regularizers import ElementwisePenalty
-from tpmlp.table import format_bytes, text_table
+from tpmlp.table import format_bytes, memory_line, text_table
 
 ADDED = (GATHER, TURN, WHOLE)
 
@@ -50,6 +51,7 @@ class GraphSummary:
         collectives: of one step, in order.
         param_bytes: of the parameters on one device, and so of the gradients.
         num_parameters: of the graph, padding not counted.
+        temp_bytes: of what lives within a step; None where it is not predicted.
     """
 
     mesh: dict[str, int]
@@ -57,6 +59,7 @@ class GraphSummary:
     collectives: tuple[Collective, ...]
     param_bytes: int
     num_parameters: int
+    temp_bytes: int | None
 
     @property
     def bytes_moved(self) -> float:
@@ -88,8 +91,9 @@ class GraphSummary:
         axes = " ".join(f"{name}={size}" for name, size in self.mesh.items())
         return (
             f"{text_table(headers, rows)}\n"
-            f"on {axes}: {self.num_parameters:,} parameters, {format_bytes(self.param_bytes)} of "
-            f"them on one device, which receives {format_bytes(self.bytes_moved)} in a step"
+            f"on {axes}: {self.num_parameters:,} parameters; a device receives "
+            f"{format_bytes(self.bytes_moved)} in a step\n"
+            f"{memory_line(self.param_bytes, self.temp_bytes)}"
         )
 
     __repr__ = __str__
@@ -109,7 +113,7 @@ def summarize_graph(
         placement: the graph on its mesh.
         batch_size: samples of one step.
         dtype: of the parameters.
-        loss: the loss; None leaves its collectives out.
+        loss: the loss; None leaves its collectives out, and takes it to write one array.
         penalty: an elementwise R(W), or None.
     """
     moved = step_collectives(
@@ -141,6 +145,7 @@ def summarize_graph(
         collectives=tuple(moved),
         param_bytes=params * jnp.dtype(dtype).itemsize,
         num_parameters=placement.graph.num_parameters,
+        temp_bytes=step_temp_bytes(placement, batch_size=batch_size, dtype=dtype, loss=loss),
     )
 
 
