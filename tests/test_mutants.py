@@ -277,6 +277,13 @@ MUTANTS = {
         "g = parts[0]",
         f"{ENGINE}::test_gradients_under_a_strategy_are_jax_grads[row]",
     ),
+    "random bits of all dropouts drawn first thing": Mutant(
+        "graph/rules/elementwise.py",
+        "after(vary_like(words, like), like)",
+        "vary_like(words, like)",
+        "tests/graph/test_memory.py::test_temporaries_are_what_was_predicted"
+        "[dropout-1x4x1-keep=recompute-float32]",
+    ),
     "shared parameters with the gradient of one user": Mutant(
         "graph/engine.py",
         "mine[name] + dw if name in mine else dw",
