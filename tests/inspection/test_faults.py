@@ -153,6 +153,7 @@ NOT_IN_THE_STEP = {
     "a loop over one block that is taken apart",
     "products of whatever a device holds",
     "updates of whatever a device holds",
+    "random bits of all dropouts drawn first thing",
     "a stage that sends g the wrong way",
     "g sent before its W where the two are one",
     "a buffer with a slot too few",
