@@ -8,9 +8,10 @@ Method: both graphs are trained twice from the same parameters, on x=4, y=2 and 
 Command: make graph
 Prediction: losses differ by rounding alone, which training amplifies: below 1e-3 of the loss in the
     steps shown. The language model goes below the entropy of single bytes, the autoencoder keeps
-    few units active.
+    few units active. 48 transformer blocks compile in less than 30 s.
 Finding: the losses differ by at most 1.4e-6 of themselves in 150 steps (JAX 0.10.2, two cores); the
-    language model ends at 2.44 nats a byte, below the 3.3 of single bytes.
+    language model ends at 2.44 nats a byte, below the 3.3 of single bytes. 48 blocks of width 256
+    compile in 25 s on x=4, y=2.
 """
 
 import ast
@@ -52,6 +53,8 @@ class Config:
         blocks: transformer blocks.
         heads: heads of attention; 8 devices divide them.
         code: features of the autoencoder's code.
+        deep: blocks of the language model that is compiled and not trained.
+        deep_width: its features of a token.
         steps: updates of each.
         batch_size: samples of a step.
         learning_rate: of Adam.
@@ -63,13 +66,16 @@ class Config:
     blocks: int = 2
     heads: int = 8
     code: int = 512
+    deep: int = 48
+    deep_width: int = 256
     steps: int = 150
     batch_size: int = 32
     learning_rate: float = 3e-3
     out: Path = Path("results/graph")
 
     def __post_init__(self) -> None:
-        for name in ("width", "tokens", "blocks", "heads", "code", "steps", "batch_size"):
+        counts = ("width", "tokens", "blocks", "heads", "code", "deep", "deep_width")
+        for name in (*counts, "steps", "batch_size"):
             value = getattr(self, name)
             require(value >= 1, f"{name} must be at least 1", "Use 1 or more.", **{name: value})
 
@@ -120,6 +126,17 @@ def measure(name: str, graph: tpmlp.Graph, data: Any, loss: str, config: Config)
         }
         for a, b in zip(sharded.history, alone.history, strict=True)
     ]
+
+
+def compile_deep(config: Config) -> float:
+    """Return the seconds in which the step of a deep language model compiles, on 8 devices."""
+    model = language_model(
+        VOCABULARY, config.deep_width, config.tokens, num_blocks=config.deep, num_heads=config.heads
+    )
+    step = tpmlp.value_and_grad(model, loss="cross_entropy", mesh=tpmlp.make_mesh(x=4, y=2))
+    started = time.perf_counter()
+    step.compile(config.batch_size)
+    return time.perf_counter() - started
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
@@ -194,7 +211,10 @@ def run(config: Config) -> list[Row]:
     rows = measure("language model", language, pairs, "cross_entropy", config)
     rows += measure("sparse autoencoder", autoencoder, digits(), "mse", config)
     print(f"\n{table(rows)}")
+    compile_s = compile_deep(config)
+    print(f"\n{config.deep} blocks of width {config.deep_width} compile in {compile_s:.1f} s")
     result = {"config": asdict(config), "rows": rows, "entropy": byte_entropy(text)}
+    result["compile_s"] = compile_s
     result["seconds"] = time.perf_counter() - started
     save(config, result, {"autoencoder": autoencoder})
     print(f"\nwrote {config.out}/graph.json, losses and autoencoder as png and svg")

@@ -41,6 +41,12 @@ def check_count(name: str, value: Any, remedy: str = "") -> int:
     return int(value)
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False: got {name}={value!r}.")
+
+
 def check_key(key: Any) -> None:
     """Refuse what is no key of jax.random."""
     if not isinstance(key, jax.Array):
@@ -141,9 +147,9 @@ def check_range(name: str, labels: np.ndarray, low: int, high: int) -> None:
 def check_weight(weight: np.ndarray) -> None:
     """Refuse sample weights that are negative, not finite, or all 0."""
     check_finite("weight", weight)
-    row = int(np.argmin(weight))
-    if weight[row] < 0 or not weight.any():
+    least = np.unravel_index(np.argmin(weight), weight.shape)
+    if weight[least] < 0 or not weight.any():
         raise ValueError(
-            f"weight must be at least 0 and not all 0: got weight={weight[row]} in row {row}. "
-            "Leave weight out to count every sample once."
+            f"weight must be at least 0 and not all 0: got weight={weight[least]} in row "
+            f"{least[0]}. Leave weight out to count every sample once."
         )

@@ -43,7 +43,6 @@ __all__ = [
     "reduce_scatter",
     "reduce_scatter_in_tree",
     "shift",
-    "shift_and_turn",
     "stage_index",
     "transpose",
     "tree_sum",
@@ -178,7 +177,9 @@ def shift(layout: str, x: jax.Array, role: str, by: int, **axes: str) -> jax.Arr
     return _permuted(x, (), (axes[role], by))
 
 
-def turn(signature: str, x: jax.Array, **axes: str) -> jax.Array:
+def turn(
+    signature: str, x: jax.Array, along: tuple[str, int] | None = None, /, **axes: str
+) -> jax.Array:
     """Exchange the order of the two axes that split a dim.
 
     Every device sends its block to the one whose it is in the other order, and gets one.
@@ -186,25 +187,14 @@ def turn(signature: str, x: jax.Array, **axes: str) -> jax.Array:
     Args:
         signature: for example "F/s/g B/d -> F/g/s B/d".
         x: the local block.
+        along: a role and by how many places: the block comes from there, as `shift` has it.
         **axes: mesh axis of each role.
 
     Raises:
         LayoutError: the signature does no such thing, or does not describe x.
     """
-    return _permuted(x, _turned_names(signature, x, axes), None)
-
-
-def shift_and_turn(signature: str, x: jax.Array, role: str, by: int, **axes: str) -> jax.Array:
-    """Do `shift` and `turn` at once: receive the block of a device further along, turned.
-
-    Args:
-        signature: of the turn.
-        x: the local block.
-        role: the axis to go along.
-        by: places, positive or negative.
-        **axes: mesh axis of each role.
-    """
-    return _permuted(x, _turned_names(signature, x, axes), (axes[role], by))
+    shifts = None if along is None else (axes[along[0]], along[1])
+    return _permuted(x, _turned_names(signature, x, axes), shifts)
 
 
 def turn_in_group(signature: str, x: jax.Array, **axes: str) -> jax.Array:

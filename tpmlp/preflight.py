@@ -54,6 +54,7 @@ _NAMES = (
     "all_reduce_in_tree",
     "shift",
     "turn",
+    "turn_in_group",
 )
 
 
@@ -157,7 +158,7 @@ def _numbers(mesh: Mesh, case: Case) -> tuple[Held, dict[str, np.ndarray]]:
         high=_place(mesh, case, lambda a: u + repeated(one[a])),
     )
     shifted = np.hstack([np.roll(blocks, -by, axis=0) for by in _SHIFTS]).reshape(-1)
-    results = (u, 3 * u, 3 * u, u + 1, 3 * u, 3 * u[: size // p], shifted, u)
+    results = (u, 3 * u, 3 * u, u + 1, 3 * u, 3 * u[: size // p], shifted, u, u)
     return held, {name: a.astype(dtype) for name, a in zip(_NAMES, results, strict=True)}
 
 
@@ -196,6 +197,7 @@ def _runs(case: Case) -> dict[str, tuple[Callable[[Held], jax.Array], PartitionS
     split, partial = ("".join(mark + role for role in roles) for mark in "/+")
     gather, scatter, reduce = f"A{split} -> A", f"A {partial} -> A{split}", f"A {partial} -> A"
     whole, blocks = PartitionSpec(), PartitionSpec(case.axes)
+    turned = PartitionSpec(case.axes[::-1])
 
     def all_reduce_in_tree(held: Held) -> jax.Array:
         # It gathers all terms: of 1/p of each, that is an array of the case's size.
@@ -217,9 +219,10 @@ def _runs(case: Case) -> dict[str, tuple[Callable[[Held], jax.Array], PartitionS
         ),
         "all_reduce_in_tree": (all_reduce_in_tree, whole),
         "shift": (shift, blocks),
-        "turn": (
-            lambda h: collectives.turn("A/a/b -> A/b/a", h.own, **roles),
-            PartitionSpec(case.axes[::-1]),
+        "turn": (lambda h: collectives.turn("A/a/b -> A/b/a", h.own, **roles), turned),
+        "turn_in_group": (
+            lambda h: collectives.turn_in_group("A/a/b -> A/b/a", h.own, **roles),
+            turned,
         ),
     }
     if case.num_blocks.bit_count() > 1:
@@ -227,7 +230,7 @@ def _runs(case: Case) -> dict[str, tuple[Callable[[Held], jax.Array], PartitionS
     if len(case.axes) > 1:
         del runs["shift"]
     if len(case.axes) != 2:
-        del runs["turn"]
+        del runs["turn"], runs["turn_in_group"]
     return runs
 
 

@@ -30,7 +30,7 @@ class Step:
     def __repr__(self) -> str:
         objective = self.objective
         axes = ", ".join(f"{name}={size}" for name, size in objective.placement.sizes.items())
-        return f"<step of {objective.model}, loss {objective.loss.name}, on {axes}>"
+        return f"<step of {objective.model!r}, loss {objective.loss.name}, on {axes}>"
 
     def __call__(
         self,

@@ -10,7 +10,17 @@ from experiments import graph
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     out = tmp_path_factory.mktemp("graph")
-    config = graph.Config(width=16, tokens=8, blocks=1, code=96, steps=12, batch_size=16, out=out)
+    config = graph.Config(
+        width=16,
+        tokens=8,
+        blocks=1,
+        code=96,
+        steps=12,
+        batch_size=16,
+        out=out,
+        deep=2,
+        deep_width=16,
+    )
     rows = graph.run(config)
     return out, rows
 

@@ -16,3 +16,4 @@ from tests.graph.rows import ROWS
 def test_a_row_is_a_function_and_its_transpose(sizes, name):
     test_rules.test_an_output_is_that_of_the_plain_function(sizes, name)
     test_rules.test_every_gradient_is_that_of_the_plain_function(sizes, name)
+    test_rules.test_backward_is_the_adjoint_of_forward(sizes, name)

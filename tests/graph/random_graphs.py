@@ -23,6 +23,7 @@ from tpmlp.graph.vertex import Vertex
 WIDTHS = (3, 5, 8, 11)
 ACTIVATIONS = ("tanh", "sigmoid", "silu")
 FAN_OUT = 4
+MOST_VERTICES = 30
 
 
 class _Growing:
@@ -56,6 +57,18 @@ class _Growing:
             return None
         weights = np.arange(1, len(open_) + 1, dtype=float)
         return str(self.rng.choice(open_, p=weights / weights.sum()))
+
+    def ends(self) -> list[str]:
+        """Return the vertices that nobody reads."""
+        return [name for name, count in self.readers.items() if not count]
+
+    def num_joining(self) -> int:
+        """Return how many vertices it takes to join all ends, one more after the next step."""
+        ends, count = len(self.ends()) + 1, 0
+        while ends > 1:
+            joined = min(ends, FAN_OUT)
+            count, ends = count + joined + 1, ends - joined + 1
+        return count
 
     def grow(self) -> None:
         source = self.pick()
@@ -99,10 +112,10 @@ def random_graph(seed: int) -> tpmlp.Graph:
     growing = _Growing(seed)
     for _ in range(growing.rng.integers(1, 4)):
         growing.add(Input(int(growing.rng.choice(WIDTHS)), growing.tokens))
-    size = growing.rng.integers(5, 31)
-    while len(growing.vertices) < size:
+    size = growing.rng.integers(5, MOST_VERTICES + 1)
+    while len(growing.vertices) + growing.num_joining() < size:
         growing.grow()
-    ends = [name for name, count in growing.readers.items() if not count]
+    ends = growing.ends()
     while len(ends) > 1:
         joined, ends = ends[:FAN_OUT], ends[FAN_OUT:]
         parts = [growing.add(Dense(4, bias=False), end) for end in joined]

@@ -11,6 +11,7 @@ import pytest
 import tpmlp
 from tpmlp.graph import (
     Activation,
+    ActivityL1,
     Attention,
     Dense,
     Dropout,
@@ -18,11 +19,13 @@ from tpmlp.graph import (
     Input,
     Product,
     Repeat,
+    RMSNorm,
     Slice,
     Sum,
     TokenMean,
     Tokens,
     Vertex,
+    transformer_block,
 )
 
 X, TEXT, IDS = Vertex("x", Input(8)), Vertex("x", Input(8, tokens=4)), Vertex("x", Tokens(4, 10))
@@ -42,6 +45,24 @@ def function(function: Callable[..., Any], **more: Any) -> tpmlp.Graph:
 
 def attention(**settings: Any) -> tpmlp.Graph:
     return graph(TEXT, Vertex("seen", Attention(**settings), "x", "x", "x"))
+
+
+def given(value: Any) -> Any:
+    """Return what a type checker would refuse."""
+    return value
+
+
+def fails_silently(h: jax.Array) -> jax.Array:
+    raise RuntimeError
+
+
+class Unhashable(list[Any]):
+    def __call__(self, h: jax.Array) -> jax.Array:
+        return h
+
+
+BLOCK_OF_8 = graph(X, Vertex("norm", RMSNorm(), "x"), Vertex("out", Sum(), "x", "norm"))
+LANGUAGE = graph(IDS, Vertex("e", Embedding(8), "x"), Vertex("z", Dense(10), "e"))
 
 
 # What is wrong: (how to do it, what the error must say).
@@ -207,6 +228,84 @@ USED: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
             mesh=tpmlp.make_mesh(x=2),
         ),
         ("['x', 'y']", "got ['x']"),
+    ),
+    "a repeated block of another width": (
+        lambda: tpmlp.Graph([Vertex("q", Input(7)), Repeat("r", BLOCK_OF_8, "q", 2)]),
+        ('"r"', "[B, 7]", '"q"', "[B, 8]"),
+    ),
+    "a repeated block of another rank": (
+        lambda: tpmlp.Graph([Vertex("q", Input(8, tokens=3)), Repeat("r", BLOCK_OF_8, "q", 2)]),
+        ('"r"', "[B, 3, 8]", "[B, 8]"),
+    ),
+    "a repeated block that reads nothing": (
+        lambda: tpmlp.Graph([Vertex("q", Input(8)), Repeat("r", BLOCK_OF_8, "p", 2)]),
+        ('"r"', '"p"'),
+    ),
+    "two repeated blocks of one name": (
+        lambda: tpmlp.Graph(
+            [Vertex("q", Input(8)), *(Repeat("r", BLOCK_OF_8, name, 2) for name in ("q", "r"))]
+        ),
+        ('"r"', "twice"),
+    ),
+    "a repeated list": (
+        lambda: Repeat("r", given([Vertex("q", Input(8))]), "q", 2),
+        ('"r"', "must be a Graph", "Vertex"),
+    ),
+    "a function that returns one number": (
+        lambda: function(lambda x: x.sum()),
+        ('vertex "odd"', "keep the batch", "()"),
+    ),
+    "a function that returns a Python number": (
+        lambda: function(lambda x: 3.0),
+        ('vertex "odd"', "keep the batch", "()"),
+    ),
+    "a function that fails without a word": (
+        lambda: function(fails_silently),
+        ('vertex "odd"', "RuntimeError"),
+    ),
+    "a function that has no hash": (
+        lambda: function(Unhashable()),
+        ('vertex "odd"', "must be hashable", "__hash__"),
+    ),
+    "an activation for a bias": (lambda: Dense(3, given("relu")), ("bias='relu'", "True or False")),
+    "a word for causal": (
+        lambda: Attention(num_heads=2, causal=given("yes")),
+        ("causal='yes'", "True or False"),
+    ),
+    "a word for a coefficient": (lambda: ActivityL1(given("a")), ("coefficient", "'a'")),
+    "no heads": (
+        lambda: transformer_block(10, 4, num_heads=0),
+        ("num_heads=0", "positive"),
+    ),
+    "no list": (lambda: tpmlp.Graph(given(5)), ("vertices", "5")),
+    "no vertices": (lambda: tpmlp.Graph([]), ("at least one", "none")),
+    "an output that is not there": (
+        lambda: tpmlp.Graph([Vertex("q", Input(8))], output="p"),
+        ('output="p"', "such as q"),
+    ),
+    "a vertex that is not there": (lambda: GRAPH["nope"], ("name='nope'",)),
+    "a share that is no name": (
+        lambda: Vertex("a", Dense(3), "x", share=given(3)),
+        ('vertex "a"', "share=3"),
+    ),
+    "weights of tokens that are negative": (
+        lambda: tpmlp.shard_batch(
+            LANGUAGE,
+            np.zeros((4, 4), int),
+            np.zeros((4, 4), int),
+            mesh=tpmlp.make_mesh(x=1),
+            weight=-np.ones((4, 4)),
+            loss="cross_entropy",
+        ),
+        ("weight=-1", "row 0"),
+    ),
+    "a file": (
+        lambda: tpmlp.save_npz(given(GRAPH), given({}), "a.npz"),
+        ("tpmlp.MLP for save_npz", "Graph"),
+    ),
+    "a hash": (
+        lambda: tpmlp.parameter_hash(given(GRAPH), given({})),
+        ("tpmlp.MLP for parameter_hash", "Graph"),
     ),
     "stages": (
         lambda: tpmlp.value_and_grad(GRAPH, loss="output", mesh=tpmlp.make_mesh(stage=2)),

@@ -35,6 +35,11 @@ SOME = ((1, 1, 1), (2, 3, 1), (1, 2, 3), (1, 4, 2))
 MOVED = ((1, 1, 1), (1, 2, 3))
 
 
+def is_moved(sizes: Sizes) -> bool:
+    """Return whether derivatives along v are taken on a mesh: on some of SOME, and all others."""
+    return sizes in MOVED or sizes not in SOME
+
+
 class Both(NamedTuple):
     """What a rule gives in both directions.
 
@@ -103,7 +108,7 @@ def sharded(sizes: Sizes) -> dict[str, Both]:
                 x = sole({**floats, **ids})
                 return tpmlp.apply(graph, params, x, mesh=mesh, key=KEY, training=True)
 
-            results[name] = both(function, w, params, floats, v, along=sizes in MOVED)
+            results[name] = both(function, w, params, floats, v, along=is_moved(sizes))
         return results
 
     return {

@@ -74,6 +74,17 @@ def test_every_array_is_that_of_the_unsharded_graph(sizes, name):
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=name_of)
+def test_loss_and_gradients_are_those_of_the_step(sizes):
+    run, mesh = traced(sizes), mesh_of(sizes)
+    params, samples = numbers(GRAPH)
+    placed = tpmlp.from_numpy(GRAPH, params, mesh)
+    loss, grads = tpmlp.value_and_grad(GRAPH, loss="output", mesh=mesh)(placed, samples, key=KEY)
+    assert run.loss == pytest.approx(float(loss), rel=FLOAT64)
+    for a, b in zip(jax.tree.leaves(run.grads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=FLOAT64, atol=FLOAT64 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=name_of)
 def test_every_array_is_split_d_over_m_a_device(sizes):
     run, num_devices = traced(sizes), prod(sizes)
     for array in [run.r[name] for name in FEATURES] + list(run.g.values()):

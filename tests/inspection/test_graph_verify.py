@@ -132,7 +132,7 @@ FAULTS = {
         ELEMENTWISE,
         "g * node.kind.sigma.sigma_prime(read(0))",
         "g * 1.01 * node.kind.sigma.sigma_prime(read(0))",
-        'g[up], backward pass of vertex "act"',
+        'g[up], backward pass of vertex "act", on all devices',
     ),
     "a gradient of RMSNorm": Fault(
         NORMS,
@@ -166,6 +166,39 @@ def test_a_fault_is_found_where_it_is(name):
         report = tpmlp.verify(GRAPH, mesh_of(SIZES), kind="float32")
     assert report.verdict == "bug"
     assert fault.said in str(report.fault)
+
+
+def test_a_fault_on_one_device_is_found_on_that_device():
+    with planted(
+        "graph/rules/elementwise.py",
+        "    return Gradients((g,) * len(node.inputs), {})",
+        "    at = jax.lax.axis_index('x') * 3 + jax.lax.axis_index('y')\n"
+        "    return Gradients((jax.numpy.where(at == 4, 1.01 * g, g),) * len(node.inputs), {})",
+    ):
+        report = tpmlp.verify(GRAPH, mesh_of(SIZES), kind="float32")
+    assert report.fault is not None
+    # Device 4, or the one that has its block where the sum's input is turned.
+    assert report.fault.devices in ((3,), (4,))
+
+
+@pytest.mark.parametrize(("kind", "graph"), [("float64", GRAPH), ("integers", INTEGERS)])
+def test_a_fault_makes_all_that_follows_wrong_end_to_end(kind, graph):
+    """Whatever comes before it is right: the reference is another computation."""
+    fault = FAULTS["wrong sigma'"]
+    with planted(fault.file, fault.old, fault.new):
+        report = tpmlp.verify(graph, mesh_of(SIZES), kind=kind)
+    wrong = {check.tensor for check in report.checks if not check.ok}
+    assert {"g[up]", "d[up.W]", "g[x]"} <= wrong
+    assert not {check for check in wrong if check.startswith("r[")}
+    assert not {"g[act]", "g[out]", "d[out.W]", "loss"} & wrong
+
+
+def test_a_function_that_fixes_its_type_is_verified():
+    rounds = Vertex.from_function(
+        "rounds", lambda a: a.astype(jnp.float32) * jnp.float32(2), "x", of="local"
+    )
+    graph = tpmlp.Graph([Vertex("x", Input(6)), rounds, Vertex("out", Dense(3), "rounds")])
+    assert tpmlp.verify(graph, mesh_of(SIZES), kind="float32").ok
 
 
 def test_a_vertex_that_rounds_is_no_integer():

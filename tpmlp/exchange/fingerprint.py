@@ -13,6 +13,7 @@ import hashlib
 import numpy as np
 
 from tpmlp.model import MLP, Arrays, Params
+from tpmlp.models import check_is_chain
 from tpmlp.parameters import to_numpy
 
 
@@ -36,6 +37,7 @@ def parameter_hash(model: MLP, params: Params) -> str:
         >>> [parameter_hash(mlp, tpmlp.from_numpy(mlp, arrays, mesh))[:16] for mesh in meshes]
         ['cb5cc53aa46c19d1', 'cb5cc53aa46c19d1']
     """
+    check_is_chain(model, "parameter_hash")
     return hash_arrays(to_numpy(model, params))
 
 

@@ -31,6 +31,7 @@ from tpmlp.exchange.tensors import (
     usable,
 )
 from tpmlp.model import MLP, Arrays, Params
+from tpmlp.models import check_is_chain
 from tpmlp.parameters import from_numpy, to_numpy
 from tpmlp.strategy import Strategy
 
@@ -65,6 +66,7 @@ def save_npz(model: MLP, params: Params, path: Any) -> None:
     Raises:
         ValueError: parameters of another model or of several dtypes, or no path for a file.
     """
+    check_is_chain(model, "save_npz")
     arrays = to_numpy(model, params)
     check_dtypes(arrays)
     names = [name for pair in _names(model) for name in pair]
@@ -106,6 +108,7 @@ def load_npz(
 
 def read_npz(model: MLP, path: Any, ignore: Collection[str] = ()) -> Arrays:
     """Read a file into arrays of logical widths; no data is read before all is checked."""
+    check_is_chain(model, "load_npz")
     path, names = check_file(path), _names(model)
     with _readable(path, "its list of arrays"):
         archive = zipfile.ZipFile(path)

@@ -34,6 +34,7 @@ from tpmlp.exchange.tensors import (
 )
 from tpmlp.extras import require
 from tpmlp.model import MLP, Arrays, Params
+from tpmlp.models import check_is_chain
 from tpmlp.parameters import from_numpy, to_numpy
 from tpmlp.strategy import Strategy
 
@@ -65,6 +66,7 @@ def save_safetensors(model: MLP, params: Params, path: Any) -> None:
         ModuleNotFoundError: safetensors is not installed.
     """
     package = require("safetensors.numpy", extra="exchange", user="save_safetensors")
+    check_is_chain(model, "save_safetensors")
     arrays = to_numpy(model, params)
     check_dtypes(arrays)
     names = [name for l in range(model.num_layers) for name in _names(2 * l)]
@@ -103,6 +105,7 @@ def load_safetensors(
 def read_safetensors(model: MLP, path: Any) -> Arrays:
     """Read a file into arrays of logical widths; nothing is read before all is checked."""
     package = require("safetensors", extra="exchange", user="load_safetensors")
+    check_is_chain(model, "load_safetensors")
     path = check_file(path)
     _check_header_length(path)
     try:

@@ -3,6 +3,7 @@
 A block is a graph with one Input that gives the shape it reads: Repeat stacks it.
 """
 
+from tpmlp.checks import check_count
 from tpmlp.graph.graph import Graph
 from tpmlp.graph.kinds import (
     Activation,
@@ -70,6 +71,7 @@ def transformer_block(
         causal: whether a token sees only itself and those before it.
         dropout: rate, of what each half adds.
     """
+    check_count("num_heads", num_heads)
     kv_width = width // num_heads * (num_kv_heads or num_heads)
     attention = Attention(
         num_heads=num_heads, num_kv_heads=num_kv_heads, causal=causal, rotary=True

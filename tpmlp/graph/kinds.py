@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from tpmlp.activations import Activation as Sigma
 from tpmlp.activations import get_activation
-from tpmlp.checks import check_count
+from tpmlp.checks import check_count, check_flag
 from tpmlp.graph.shape import Parameter, Shape
 
 
@@ -110,6 +110,7 @@ class Dense(Kind):
 
     def __post_init__(self) -> None:
         check_count("width", self.width)
+        check_flag("bias", self.bias)
 
     @property
     def label(self) -> str:
@@ -210,7 +211,7 @@ class Slice(Kind):
     stop: int
 
     def __post_init__(self) -> None:
-        if self.start != 0:
+        if self.start != 0 or isinstance(self.start, bool | float):
             check_count("start", self.start)
         if check_count("stop", self.stop) <= self.start:
             raise ValueError(f"stop must be above start: got start={self.start}, stop={self.stop}.")
@@ -284,7 +285,7 @@ class Dropout(Kind):
     rate: float
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rate, int | float) or not 0 <= self.rate < 1:
+        if not _is_number(self.rate) or not 0 <= self.rate < 1:
             raise ValueError(
                 f"rate must be in [0, 1): got rate={self.rate!r}. Use for example 0.1."
             )
@@ -383,6 +384,8 @@ class Attention(Kind):
     num_inputs = 3
 
     def __post_init__(self) -> None:
+        check_flag("causal", self.causal)
+        check_flag("rotary", self.rotary)
         check_count("num_heads", self.num_heads)
         if self.num_heads % check_count("num_kv_heads", self.kv_heads):
             raise ValueError(
@@ -407,7 +410,8 @@ class Attention(Kind):
             if self.num_kv_heads is None
             else f"{self.num_heads}/{self.kv_heads}"
         )
-        return f"Attention({heads}{', causal' if self.causal else ''})"
+        chosen = [name for name in ("causal", "rotary") if getattr(self, name)]
+        return f"Attention({', '.join([heads, *chosen])})"
 
     def shape(self, *inputs: Shape) -> Shape:
         """Return that of q with the width of v's heads."""
@@ -493,7 +497,7 @@ class ActivityL1(Kind):
     coefficient: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.coefficient < math.inf:
+        if not _is_number(self.coefficient) or not 0 <= self.coefficient < math.inf:
             raise ValueError(
                 f"coefficient must be a finite number of at least 0: got {self.coefficient!r}."
             )
@@ -532,6 +536,13 @@ class Function(Kind):
                 "function must be callable, and of one of ('gathered', 'local'): got "
                 f"function={self.function!r}, of={self.of!r}."
             )
+        try:
+            hash(self.function)
+        except TypeError as error:
+            raise ValueError(
+                "function must be hashable, as programs are found by it: got "
+                f"function={self.function!r}. Give its class __hash__, or wrap it in a def."
+            ) from error
 
     @property
     def label(self) -> str:
@@ -542,7 +553,7 @@ class Function(Kind):
         """Return the shape that the function gives, tried without numbers."""
         batches = [self._try(num_samples, _vectors(inputs)) for num_samples in (2, 3)]
         if (
-            any(shape[0] != n for shape, n in zip(batches, (2, 3), strict=True))
+            any(shape[:1] != (n,) for shape, n in zip(batches, (2, 3), strict=True))
             or len({shape[1:] for shape in batches}) != 1
         ):
             raise ValueError(
@@ -570,7 +581,7 @@ class Function(Kind):
         except Exception as error:
             raise ValueError(
                 f"must have a function that takes {', '.join(str(a.shape) for a in arrays)}: got "
-                f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             ) from error
         if not isinstance(result, jax.ShapeDtypeStruct) or not jnp.issubdtype(
             result.dtype, jnp.floating
@@ -595,8 +606,12 @@ def _tokens(inputs: tuple[Shape, ...]) -> tuple[Shape, ...]:
     return inputs
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _check_epsilon(epsilon: Any) -> None:
-    if not isinstance(epsilon, int | float) or not 0 < epsilon < math.inf:
+    if not _is_number(epsilon) or not 0 < epsilon < math.inf:
         raise ValueError(
             f"epsilon must be a positive number: got epsilon={epsilon!r}. Use for example 1e-6."
         )

@@ -61,7 +61,8 @@ def activity_of(vertex: Vertex, h: jax.Array, share: jax.Array) -> jax.Array:
     """Return what one vertex that reads h adds to the objective."""
     if not isinstance(vertex.kind, kinds.ActivityL1):
         return jnp.zeros(())
-    sizes = jnp.abs(h).sum(axis=-1)
+    # |h|, with the derivative 0 at 0, where half of a rectified code is; that of jnp.abs is 1.
+    sizes = (h * jnp.sign(h)).sum(axis=-1)
     sizes = sizes if sizes.ndim == 1 else sizes.mean(axis=1)
     return vertex.kind.coefficient * jnp.sum(sizes * share)
 
@@ -152,5 +153,5 @@ PLAIN: dict[type, Function] = {
     kinds.Embedding: lambda kind, params, ids: params["W"][ids],
     kinds.TokenMean: lambda kind, params, h: h.mean(axis=1),
     kinds.ActivityL1: lambda kind, params, h: h,
-    kinds.Function: lambda kind, params, *h: kind.function(*h),
+    kinds.Function: lambda kind, params, *h: kind.function(*h).astype(h[0].dtype),
 }

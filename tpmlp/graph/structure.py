@@ -4,10 +4,11 @@ r_v = F_{W_v}(r of the in-neighbours of v),   G a loss of the output vertex
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
+from typing import Any
 
 from tpmlp.checks import check_count
 from tpmlp.graph.kinds import Dropout, Input, Source
@@ -41,15 +42,17 @@ class Structure:
     blocks: Mapping[str, tuple[str, int]] = field(init=False, repr=False, compare=False)
 
     def __init__(self, vertices: Sequence["Vertex | Repeat"], output: str | None = None) -> None:
+        if not isinstance(vertices, Iterable):
+            raise ValueError(f"vertices must be a list of Vertex and Repeat: got {vertices!r}.")
         vertices = tuple(vertices)
         flat, blocks = _flattened(vertices)
         _check_names(flat)
         order = _ordered(flat)
         derived = {
             "vertices": vertices,
-            "output": _find_output(order, output),
+            "output": _find_output(order, _ends(vertices).get(output or "", output)),
             "order": order,
-            "shapes": MappingProxyType(_infer_shapes(order)),
+            "shapes": MappingProxyType(_infer_shapes(order, _given_to_repeats(vertices))),
             "blocks": MappingProxyType(blocks),
         }
         for name, value in derived.items():
@@ -69,9 +72,24 @@ class Structure:
         ]
         return text_table(["vertex", "kind", "inputs", "output", "parameters"], rows)
 
+    def __repr__(self) -> str:
+        name = type(self).__name__
+        return f"{name}({len(self.order)} vertices, {self.num_parameters:,} parameters)"
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.vertices, self.output)
+
     def __getitem__(self, name: str) -> Vertex:
-        """Return the vertex of a name."""
-        return next(vertex for vertex in self.order if vertex.name == name)
+        """Return the vertex of a name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for vertex in self.order:
+            if vertex.name == name:
+                return vertex
+        names = ", ".join(vertex.name for vertex in self.order)
+        raise ValueError(f"name must be one of {names}: got name={name!r}.")
 
     @property
     def sources(self) -> tuple[Vertex, ...]:
@@ -126,6 +144,14 @@ class Repeat:
     times: int
 
     def __post_init__(self) -> None:
+        for field_, value in (("name", self.name), ("input", self.input)):
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"{field_} of a Repeat must be a word: got {field_}={value!r}.")
+        if not isinstance(self.block, Structure):
+            raise ValueError(
+                f'repeated block "{self.name}" must be a Graph: got {self.block!r}. Use '
+                "Graph([...])."
+            )
         check_count("times", self.times)
         sources = self.block.sources
         if len(sources) != 1 or not isinstance(sources[0].kind, Input):
@@ -174,19 +200,44 @@ def _flattened(
                 f"vertices must be of type Vertex or Repeat: got {item!r}. Use for example "
                 "Vertex('up', Dense(256), 'x')."
             )
-    ends = {item.name: item.last for item in vertices if isinstance(item, Repeat)}
+    _check_repeats(vertices, flat)
+    ends = _ends(vertices)
     resolved = [
         Vertex(v.name, v.kind, *(ends.get(i, i) for i in v.inputs), share=v.share) for v in flat
     ]
-    _check_repeats(vertices, resolved)
     return resolved, blocks
 
 
-def _check_repeats(vertices: tuple[Vertex | Repeat, ...], flat: list[Vertex]) -> None:
-    names = {vertex.name for vertex in flat}
+def _ends(vertices: tuple["Vertex | Repeat", ...]) -> dict[str, str]:
+    """Return what the name of a Repeat stands for: the vertex that its last block ends with."""
+    return {item.name: item.last for item in vertices if isinstance(item, Repeat)}
+
+
+def _given_to_repeats(
+    vertices: tuple["Vertex | Repeat", ...],
+) -> dict[str, list[tuple[str, Shape]]]:
+    """Return, by the vertex that a Repeat reads, its name and the shape that its blocks read."""
+    ends, given = _ends(vertices), {}
     for item in vertices:
-        if isinstance(item, Repeat) and item.name in names:
+        if isinstance(item, Repeat):
+            (source,) = item.block.sources
+            wanted = item.name, item.block.shapes[source.name]
+            given.setdefault(ends.get(item.input, item.input), []).append(wanted)
+    return given
+
+
+def _check_repeats(vertices: tuple[Vertex | Repeat, ...], flat: list[Vertex]) -> None:
+    repeats = [item for item in vertices if isinstance(item, Repeat)]
+    names = Counter([vertex.name for vertex in flat] + [item.name for item in repeats])
+    known = {vertex.name for vertex in flat} | {item.name for item in repeats}
+    for item in repeats:
+        if names[item.name] > 1:
             raise ValueError(f'vertex "{item.name}" must have a name of its own: got it twice.')
+        if item.input not in known:
+            raise ValueError(
+                f'repeated block "{item.name}" must read a vertex that is there: got '
+                f'"{item.input}".'
+            )
 
 
 def _check_names(vertices: list[Vertex]) -> None:
@@ -241,6 +292,8 @@ def _find_output(order: tuple[Vertex, ...], wanted: str | None) -> str:
     read = {name for vertex in order for name in vertex.inputs}
     ends = [vertex.name for vertex in order if vertex.name not in read]
     if wanted is None:
+        if not order:
+            raise ValueError("vertices must have at least one vertex: got none.")
         if len(ends) != 1:
             raise ValueError(
                 f"a graph must have one output: got {len(ends)} vertices that nobody reads: "
@@ -248,7 +301,8 @@ def _find_output(order: tuple[Vertex, ...], wanted: str | None) -> str:
             )
         return ends[0]
     if all(vertex.name != wanted for vertex in order):
-        raise ValueError(f'output must be a vertex: got output="{wanted}".')
+        names = ", ".join(ends)
+        raise ValueError(f'output must be a vertex, such as {names}: got output="{wanted}".')
     needed = {wanted}
     for vertex in reversed(order):
         needed |= set(vertex.inputs) if vertex.name in needed else set()
@@ -261,7 +315,9 @@ def _find_output(order: tuple[Vertex, ...], wanted: str | None) -> str:
     return wanted
 
 
-def _infer_shapes(order: tuple[Vertex, ...]) -> dict[str, Shape]:
+def _infer_shapes(
+    order: tuple[Vertex, ...], given: Mapping[str, list[tuple[str, Shape]]]
+) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     for vertex in order:
         try:
@@ -269,6 +325,13 @@ def _infer_shapes(order: tuple[Vertex, ...]) -> dict[str, Shape]:
         except ValueError as error:
             named = ", ".join(f"{name} {shapes[name]}" for name in vertex.inputs)
             raise ValueError(f'vertex "{vertex.name}" {error} Its inputs: {named}.') from error
+        for name, wanted in given.get(vertex.name, ()):
+            if shapes[vertex.name] != wanted:
+                raise ValueError(
+                    f'repeated block "{name}" must be given the shape that its Input has: got '
+                    f'{shapes[vertex.name]} of vertex "{vertex.name}", and {wanted}. Use Dense '
+                    "before it, or another Input."
+                )
     return shapes
 
 

@@ -41,6 +41,11 @@ class Vertex:
                 raise ValueError(
                     f'vertex "{name}" must be given its inputs by name: got {given!r}.'
                 )
+        if share is not None and not isinstance(share, str):
+            raise ValueError(
+                f'vertex "{name}" must share the parameters of a vertex by its name: got '
+                f"share={share!r}."
+            )
         if kind.num_inputs is None and not inputs:
             raise ValueError(f'vertex "{name}" must have inputs: got none. Name one or more.')
         if kind.num_inputs is not None and len(inputs) != kind.num_inputs:
@@ -71,7 +76,8 @@ class Vertex:
         try:
             return Vertex(name, Function(function, of), *inputs)
         except ValueError as error:
-            raise ValueError(f'vertex "{name}": {error}') from error
+            named = str(error).startswith("vertex")
+            raise ValueError(str(error) if named else f'vertex "{name}": {error}') from error
 
     def inside(self, block: str, named: dict[str, str]) -> "Vertex":
         """Return the vertex under the name of a block, its inputs renamed."""

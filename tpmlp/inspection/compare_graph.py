@@ -397,7 +397,8 @@ def _backward(
 
     def back(params: Any, floats: Any, g: jax.Array) -> Any:
         _, pull = jax.vjp(run, params, floats)
-        return pull((g, jnp.ones(())))
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return pull((g, jnp.ones(())))
 
     return with_errors(back, (params, floats, g), roundoff, of_inputs=of_inputs)
 

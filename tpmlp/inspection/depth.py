@@ -24,7 +24,7 @@ SATURATED = 0.01
 # float32 does; bins are a quarter of one.
 DECADES_BELOW, MOST_DECADES, BINS_PER_DECADE = 2, 40, 4
 MOST_TICKS = 6
-MOST_NAMES = 40
+MOST_NAMES = 60
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,6 +183,7 @@ def plot_depth(
     else:
         named = range(0, depth, math.ceil(depth / MOST_NAMES))
         panels[-1].set_xticks([i + 1 for i in named], [columns[i] for i in named], rotation=90)
+        panels[-1].tick_params("x", labelsize=6)
     panels[0].set_title("How large entries are, over depth")
     return figure
 

@@ -3,7 +3,8 @@
 The function is traced to its operations, and each passes on a bound beside its value: what the
 errors of its operands become, and its own rounding. With u the unit roundoff, an operation errs by
 at most u times its result, a library function by a few units, and a sum of n terms in any order by
-gamma_n times the sum of their sizes. To first order, as running errors are.
+gamma_n times the sum of their sizes. A conversion to a narrower type is one rounding to it. To
+first order, as running errors are.
 
 References: Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.3.
 """
@@ -85,7 +86,7 @@ def with_errors(
 
 
 def _given(array: Any, relative: float) -> Bounded:
-    value = jnp.asarray(array)
+    value = _wide(jnp.asarray(array))
     return Bounded(value, _size(value) * relative if _rounds(value) else None)
 
 
@@ -105,6 +106,14 @@ def _size(array: Any) -> jax.Array:
     return jnp.where(jnp.isfinite(size), size, 0.0)
 
 
+def _wide(array: jax.Array) -> jax.Array:
+    """Return floating numbers in float64, complex ones in complex128."""
+    if not _rounds(array):
+        return array
+    is_complex = jnp.issubdtype(array.dtype, jnp.complexfloating)
+    return array.astype(jnp.complex128 if is_complex else jnp.float64)
+
+
 def _rounds(array: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(array), jnp.inexact)
 
@@ -120,7 +129,10 @@ class _Run:
         known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
 
         def read(atom: Any) -> Bounded:
-            return _constant(atom.val, self.roundoff) if isinstance(atom, Literal) else known[atom]
+            if not isinstance(atom, Literal):
+                return known[atom]
+            aval: Any = atom.aval
+            return _constant(jnp.asarray(atom.val, aval.dtype), self.roundoff)
 
         for eqn in jaxpr.eqns:
             known.update(zip(eqn.outvars, self.run(eqn, list(map(read, eqn.invars))), strict=True))
@@ -132,7 +144,9 @@ class _Run:
             inner = eqn.params[CALLS[eqn.primitive.name]]
             consts = [_constant(const, self.roundoff) for const in getattr(inner, "consts", ())]
             return self.jaxpr(getattr(inner, "jaxpr", inner), consts, operands)
-        values = _bind(eqn, [operand.value for operand in operands])
+        if eqn.primitive.name == "convert_element_type" and operands[0].error is not None:
+            return [self.converted(operands[0], eqn.params["new_dtype"])]
+        values = list(map(_wide, _bind(eqn, [operand.value for operand in operands])))
         if not any(map(_rounds, values)):
             return [Bounded(value, None) for value in values]
         if eqn.primitive.name in MOVES:
@@ -141,6 +155,17 @@ class _Run:
             raise NotImplementedError(eqn.primitive.name)
         (value,) = values
         return [Bounded(value, self.error(eqn, operands, value))]
+
+    def converted(self, operand: Bounded, dtype: Any) -> Bounded:
+        """Return a number in another type: not rounded here, but it may be, to a narrower one."""
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            return Bounded(operand.value.astype(dtype), None)
+        u = float(jnp.finfo(dtype).eps) / 2
+        narrow = u * _size(operand.value) if u > self.roundoff.total else 0.0
+        is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+        value = operand.value if is_complex else jnp.real(operand.value)
+        value = value.astype(jnp.complex128 if is_complex else jnp.float64)
+        return Bounded(value, operand.error + narrow)
 
     def error(self, eqn: JaxprEqn, operands: list[Bounded], result: jax.Array) -> jax.Array:
         """Return the error of the result of an operation."""

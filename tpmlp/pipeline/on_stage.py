@@ -12,8 +12,8 @@ from tpmlp.collectives import (
     per_stage,
     reduce_scatter,
     shift,
-    shift_and_turn,
     stage_index,
+    turn,
 )
 from tpmlp.kernels import dense
 from tpmlp.kernels.backprop import Chain
@@ -91,7 +91,7 @@ class OnStage:
         """
         axes = {**self.placement.chain.axes[layer], "p": "stage"}
         if self.stages.slots_per_chunk % 2:
-            return shift_and_turn("O/g/s B/d -> O/s/g B/d", array, "p", by, **axes)
+            return turn("O/g/s B/d -> O/s/g B/d", array, ("p", by), **axes)
         return shift("O/g/s B/d", array, "p", by, **axes) if by else array
 
     def reduced(self, grads: tuple[Pair, ...]) -> Staged:
