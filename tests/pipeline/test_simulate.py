@@ -127,3 +127,25 @@ def test_schedules_rank_as_published():
     one, zero, zero_more = map(makespan_s, ("1f1b", "zb-h1", "zb-h2"))
     assert zero_more < zero < one
     assert makespan_s("interleaved", 2) < one
+
+
+# The table in the docstring of tpmlp.pipeline.executor: alone and in step.
+IN_STEP = {
+    "gpipe": (33, 33, 33),
+    "1f1b": (33, 33, 37.6),
+    "interleaved": (28.5, 28.5, 32.1),
+    "zb-h1": (27, 28.2, 31.2),
+    "zb-h2": (27, 27, 30),
+    "zb-v": (25.5, 29.6, 29.6),
+}
+
+
+@pytest.mark.parametrize("name", IN_STEP)
+def test_lockstep_costs_what_the_executor_says(name):
+    schedule = make_schedule(name, 4, 8, 2 if name == "interleaved" else 1)
+    v = schedule.num_chunks
+    equal = simulate(schedule, 1 / v, 1 / v, 1 / v)
+    other = simulate(schedule, 1 / v, 1.2 / v, 0.8 / v)
+    assert equal.makespan_s == pytest.approx(equal.lockstep_s)
+    got = equal.makespan_s, other.makespan_s, other.lockstep_s
+    assert got == pytest.approx(IN_STEP[name], abs=0.05)
