@@ -68,6 +68,24 @@ BAD: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         lambda: api.trace(MODEL, params(), X, X, loss="mse", mesh=MESH),
         ("trace", "stage=2", "reshard"),
     ),
+    "gradients of samples": (
+        lambda: api.per_example_gradient_norms(MODEL, params(), X, X, loss="mse", mesh=MESH),
+        ("gradients of one sample", "stage=2", "stage=1"),
+    ),
+    "a clipped sum": (
+        lambda: api.clipped_gradient_sum(MODEL, params(), X, X, loss="mse", mesh=MESH, max_norm=1),
+        ("gradients of one sample", "stage=2"),
+    ),
+    "a Hessian": (
+        lambda: api.hessian_vector_product(MODEL, params(), params(), X, X, loss="mse", mesh=MESH),
+        ("products with a curvature", "stage=2", "stage=1"),
+    ),
+    "a Gauss-Newton matrix": (
+        lambda: api.gauss_newton_vector_product(
+            MODEL, params(), params(), X, X, loss="mse", mesh=MESH
+        ),
+        ("products with a curvature", "stage=2"),
+    ),
     "plot": (lambda: MODEL.plot(MESH), ("plot", "stage=2")),
     "parameters of no stages": (
         lambda: step()(MODEL.init(jax.random.key(0), api.make_mesh(x=2)), X, X),

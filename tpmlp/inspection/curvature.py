@@ -27,6 +27,7 @@ from tpmlp.model import MLP, Params
 from tpmlp.models import check_is_chain
 from tpmlp.objective import Objective, make_objective
 from tpmlp.parameters import check_params, clear_padding, logical_params
+from tpmlp.placement import check_no_stages
 from tpmlp.regularizers import UserPenalty
 from tpmlp.strategy import Strategy
 
@@ -91,6 +92,7 @@ def hessian_vector_product(
     objective = make_objective(
         model, loss=loss, mesh=mesh, regularizer=regularizer, strategy=strategy
     )
+    check_no_stages(objective.placement, "products with a curvature")
     arguments = _checked(objective, params, v, Batch(x, y, weight))
     _check_sigma_prime(objective, params[0][0].dtype)
     return _compiled(_hessian_product, objective)(*arguments)
@@ -151,6 +153,7 @@ def gauss_newton_vector_product(
     objective = make_objective(
         model, loss=loss, mesh=mesh, regularizer=regularizer, strategy=strategy
     )
+    check_no_stages(objective.placement, "products with a curvature")
     arguments = _checked(objective, params, v, Batch(x, y, weight))
     return _compiled(_gauss_newton_product, objective)(*arguments)
 

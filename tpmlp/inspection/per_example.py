@@ -25,6 +25,7 @@ from tpmlp.model import MLP, Params
 from tpmlp.models import check_is_chain
 from tpmlp.objective import Objective, make_objective
 from tpmlp.parameters import check_params
+from tpmlp.placement import check_no_stages
 from tpmlp.strategy import Strategy
 from tpmlp.xla import unknown_zero
 
@@ -243,7 +244,9 @@ def _make_objective(model: MLP, loss: Any, mesh: Mesh, strategy: Strategy | None
             "loss must be a loss of one sample: got loss=None. For a gradient with given "
             "cotangents v [B, d_out] use loss=lambda z, v: jnp.vdot(v, z) and y=v."
         )
-    return make_objective(model, loss=loss, mesh=mesh, strategy=strategy)
+    objective = make_objective(model, loss=loss, mesh=mesh, strategy=strategy)
+    check_no_stages(objective.placement, "gradients of one sample")
+    return objective
 
 
 def _place(objective: Objective, params: Params, batch: Batch) -> tuple[Params, Batch]:

@@ -135,6 +135,7 @@ class Route:
         return 1 if kind == "F" else -1
 
 
+# Like those of tpmlp.checks, which imports JAX: looking at a schedule must not.
 def check_at_least(least: int, **counts: Any) -> None:
     """Refuse what is no integer, or too small, by its name."""
     for name, value in counts.items():
