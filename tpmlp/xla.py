@@ -7,6 +7,7 @@ tpmlp.audit shows in the compiled program that it was obeyed.
 """
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import jax
@@ -70,15 +71,15 @@ def never(beside: jax.Array) -> jax.Array:
     return lax.gt(first, lax.full_like(first, jnp.inf))
 
 
-def after(array: jax.Array, other: jax.Array) -> jax.Array:
-    """Return an array, on CPU as a new value that is not there before `other` is.
+def after(array: jax.Array, *others: jax.Array) -> jax.Array:
+    """Return an array, on CPU as a new value that is not there before others are.
 
-    It is made to depend on one element of the other, by a condition that holds for no number and
-    that the compiler does not see through.
+    It is made to depend on one element of each, by a condition that holds for no number and that
+    the compiler does not see through.
     """
     if not on_cpu():
         return array
-    return lax.select(never(other), lax.full_like(array, 0), array)
+    return lax.select(reduce(lax.bitwise_or, map(never, others)), lax.full_like(array, 0), array)
 
 
 def settled(array: jax.Array) -> jax.Array:

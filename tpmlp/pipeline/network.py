@@ -11,7 +11,6 @@ from tpmlp.collectives import all_reduce, per_stage, zeros
 from tpmlp.kernels.backprop import Chain
 from tpmlp.kernels.network import Finished, Passed
 from tpmlp.losses import Head
-from tpmlp.pipeline.chunk import forward, layer_forward
 from tpmlp.pipeline.on_stage import OnStage
 from tpmlp.pipeline.placement import PipelinePlacement
 from tpmlp.pipeline.staged import Staged
@@ -43,6 +42,10 @@ class Pipeline(NamedTuple):
         """Nothing: it adds nothing to the objective."""
         return False
 
+    def body(self, params: Staged) -> OnStage:
+        """Return what the executor runs, inside shard_map."""
+        return OnStage(params, self.placement, self.chain)
+
     def forward(self, params: Staged, x: jax.Array, share: jax.Array | None) -> Passed:
         """Run forward, the whole batch at once, one stage after another."""
 
@@ -61,14 +64,14 @@ class Pipeline(NamedTuple):
 
         Each stage waits for the one before: it is for looking, where nothing has to be fast.
         """
-        here, route = OnStage(params, self.placement, self.chain), self.placement.schedule.route
+        here, route = self.body(params), self.placement.schedule.route
         chain, dtype, at = self.placement.chain, params.first[0].dtype, 0
-        z = per_stage(here.types.to_compute(layer_forward(x, here.first, 1, here.chunk(0))))
+        z = per_stage(here.enter(x))
         for virtual in range(route.num_virtual_stages):
             at, c = route.place(virtual)
 
             def run(z: jax.Array, c: int = c) -> jax.Array:
-                return per_stage([z, *forward(z, here.chunk(c))][-1])
+                return per_stage(here.forward(c, z)[1])
 
             z = lax.cond(here.stage == at, run, jnp.zeros_like, z)
             if virtual + 1 < route.num_virtual_stages:
@@ -77,9 +80,7 @@ class Pipeline(NamedTuple):
         axes = {**chain.axes[-1], "p": "stage"}
 
         def last(z: jax.Array) -> jax.Array:
-            return per_stage(
-                layer_forward(z, here.last, len(chain.axes), here.chunk(0)).astype(dtype)
-            )
+            return per_stage(here.leave(z))
 
         shape = (chain.padded_widths[-1] // here.num_tensor_devices, x.shape[0])
         nothing = zeros("O/g/s B/d +p", shape, dtype, **axes)

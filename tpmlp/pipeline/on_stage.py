@@ -1,24 +1,30 @@
-"""One device of a pipeline: its stage's layers, what moves to the next stage, and back."""
+"""One stage of a chain of dense layers on one device: a tpmlp.pipeline.body.Body."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from tpmlp.collectives import (
-    all_gather,
-    per_stage,
-    reduce_scatter,
-    shift,
-    stage_index,
-    turn,
-)
-from tpmlp.kernels import dense
-from tpmlp.kernels.backprop import Chain
+from tpmlp.collectives import all_gather, reduce_scatter, shift, stage_index, turn, zeros
+from tpmlp.kernels.backprop import Chain, reduced
 from tpmlp.kernels.execution import execution
-from tpmlp.pipeline.chunk import Chunk, Pair
+from tpmlp.pipeline.body import Empty
+from tpmlp.pipeline.chunk import (
+    Chunk,
+    Deferred,
+    Kept,
+    Pair,
+    backward,
+    forward,
+    gathered_input,
+    input_gradient,
+    keeps_h,
+    keeps_z,
+    layer_forward,
+    no_input,
+    slot_gradient,
+    weight_gradient,
+)
 from tpmlp.pipeline.placement import PipelinePlacement
 from tpmlp.pipeline.staged import Staged
 
@@ -40,8 +46,7 @@ class OnStage:
         self.placement, self.chain, self.stages = placement, chain, placement.stages
         self.types = execution(placement, params.first[0].dtype)
         self.stage = stage_index()
-        first, last = placement.ends_axes
-        self.first, self.last = _whole(params.first, first), _whole(params.last, last)
+        self.first, self.last = self._whole(params.first, 0), self._whole(params.last, -1)
         self.slots = [(W[0], None if b is None else b[0]) for W, b in params.slots]
 
     @property
@@ -64,16 +69,92 @@ class OnStage:
         slots = tuple(self.slots[c * per_chunk : (c + 1) * per_chunk])
         return Chunk(self.chain, self.types, slots, filled)
 
-    def where(
-        self, place: tuple[int, int], c: int, there: Callable[[], Any], elsewhere: Callable[[], Any]
-    ) -> Any:
-        """Return one value on the stage of a place, (stage, chunk), and another elsewhere."""
-        at, chunk = place
-        if chunk != c:
-            return elsewhere()
-        return lax.cond(
-            self.stage == at, lambda: per_stage(there()), lambda: per_stage(elsewhere())
+    def empty(self, rows: int) -> Empty:
+        """Return zeros for microbatches of `rows` samples a device."""
+        types, strategy = self.types, self.placement.strategy
+        chain, chunk, per_chunk = self.placement.chain, self.chunk(0), self.stages.slots_per_chunk
+        axes = {**chain.axes[0], "p": "stage"}
+
+        def zero(width: int, dtype: Any) -> jax.Array:
+            shape = width // self.num_tensor_devices, rows
+            return zeros("O/g/s B/d +p", shape, dtype, **axes)
+
+        def gradient(pair: Pair, axes: dict[str, str]) -> Pair:
+            partial = "+p" if types.splits_data else "+d+p"
+            W, b = (
+                None
+                if a is None
+                else zeros(f"{layout} {partial}", a.shape, types.accumulate, **axes, p="stage")
+                for layout, a in zip(chain.param_layouts, pair, strict=True)
+            )
+            return W, b
+
+        hidden = chain.padded_widths[1]
+        message, g = zero(hidden, types.compute), zero(hidden, types.total)
+        kept, deferred = [], []
+        for k in range(1, per_chunk + 1):
+            keeps = keeps_z(k, strategy, per_chunk)
+            h = no_input(k, rows, chunk) if keeps_h(k, self.chain) else None
+            kept.append(Kept(message if keeps else None, h))
+            deferred.append(Deferred(g, None if keeps else message))
+        return Empty(
+            message=message,
+            gradient=g,
+            kept=tuple(kept),
+            deferred=tuple(deferred),
+            outputs=zero(chain.padded_widths[-1], types.total),
+            grads=tuple(gradient(pair, axes) for pair, axes in self.pairs),
         )
+
+    def enter(self, x: jax.Array) -> jax.Array:
+        """Run layer 1."""
+        return self.types.to_compute(layer_forward(x, self.first, 1, self.chunk(0))[0])
+
+    def forward(self, c: int, z: jax.Array) -> tuple[tuple[Kept, ...], jax.Array]:
+        """Run F of a chunk."""
+        return forward(z, self.chunk(c))
+
+    def leave(self, z: jax.Array) -> jax.Array:
+        """Run layer L+1; its outputs in the type of the parameters."""
+        outputs, _ = layer_forward(z, self.last, self.num_layers, self.chunk(0))
+        return outputs.astype(self.first[0].dtype)
+
+    def leave_backward(self, z: jax.Array, g: jax.Array) -> jax.Array:
+        """Compute g_L from g_{L+1}."""
+        return input_gradient(g, z, self.last, self.num_layers, self.chunk(0))
+
+    def backward(
+        self, c: int, kept: tuple[Kept, ...], g: jax.Array
+    ) -> tuple[tuple[Deferred, ...], jax.Array]:
+        """Run B of a chunk."""
+        return backward(kept, g, self.chunk(c))
+
+    def first_gradients(self, x: jax.Array, g: jax.Array) -> Pair:
+        """Compute those of layer 1."""
+        return self._end_gradients(x, g, 1, self.first)
+
+    def slot_gradients(self, c: int, k: int, kept: Kept, deferred: Deferred) -> Pair:
+        """Run W of a slot."""
+        return slot_gradient(kept, deferred, k + 1, self.chunk(c))
+
+    def last_gradients(self, z: jax.Array, g: jax.Array) -> Pair:
+        """Compute those of layer L+1."""
+        return self._end_gradients(z, g, self.num_layers, self.last)
+
+    def _end_gradients(self, before: jax.Array, g: jax.Array, l: int, pair: Pair) -> Pair:
+        chunk = self.chunk(0)
+        h = gathered_input(before, l, chunk)
+        return weight_gradient(g, h, l, chunk, bias=pair[1] is not None)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the stage's chain: the first, those of a chunk, the last."""
+        return len(self.placement.chain.words)
+
+    def has(self, c: int, k: int) -> jax.Array | bool:
+        """Return whether this stage has a layer in a slot."""
+        filled = self.chunk(c).filled
+        return True if filled is None else filled > k
 
     def moved_h(self, z: jax.Array, by: int) -> jax.Array:
         """Return the z that has come from the stage `by` places on, as a chunk takes it in."""
@@ -96,29 +177,31 @@ class OnStage:
 
     def reduced(self, grads: tuple[Pair, ...]) -> Staged:
         """Sum gradients over data, and those of the ends to where they are."""
-        over_data = [
-            (
-                dense.reduce_weight(W, self.types, **axes),
-                None if b is None else dense.reduce_bias(b, self.types, **axes),
+        if not self.types.splits_data:  # else W has
+            grads = tuple(
+                reduced(*pair, self.types, self.chain, axes)
+                for pair, (_, axes) in zip(grads, self.pairs, strict=True)
             )
-            for (W, b), (_, axes) in zip(grads, self.pairs, strict=True)
-        ]
-        first, *slots, last = over_data
-        ends = self.placement.ends_axes
+        first, *slots, last = grads
         stacked = [(W[None], None if b is None else b[None]) for W, b in slots]
-        layers = (_split(first, ends[0]), *stacked, _split(last, ends[1]))
-        return Staged(layers, self.stages)
+        return Staged((self._split(first, 0), *stacked, self._split(last, -1)), self.stages)
 
+    def _whole(self, pair: Pair, end: int) -> Pair:
+        """Return the first or the last (W, b) as a layer without stages has them."""
+        axes, layouts = self.placement.ends_axes[end], self.placement.end_layouts
+        used_layouts = self.placement.chain.param_layouts
+        W, b = (
+            None if array is None else all_gather(f"{held} -> {used}", array, **axes)
+            for array, held, used in zip(pair, layouts, used_layouts, strict=True)
+        )
+        return W, b
 
-def _whole(pair: Pair, axes: dict[str, str]) -> Pair:
-    """Return an end's (W, b) as its layer uses them."""
-    W, b = pair
-    whole = all_gather("O/g/p I/s -> O/g I/s", W, **axes)
-    return whole, None if b is None else all_gather("O/g/s/p -> O/g/s", b, **axes)
-
-
-def _split(pair: Pair, axes: dict[str, str]) -> Pair:
-    """Sum an end's gradients over the stages, where its parameters are: `_whole`, transposed."""
-    W, b = pair
-    dW = reduce_scatter("O/g I/s +p -> O/g/p I/s", W, **axes)
-    return dW, None if b is None else reduce_scatter("O/g/s +p -> O/g/s/p", b, **axes)
+    def _split(self, pair: Pair, end: int) -> Pair:
+        """Sum gradients of an end where its parameters are: `_whole`, transposed."""
+        axes, layouts = self.placement.ends_axes[end], self.placement.end_layouts
+        used_layouts = self.placement.chain.param_layouts
+        W, b = (
+            None if array is None else reduce_scatter(f"{used} +p -> {held}", array, **axes)
+            for array, held, used in zip(pair, layouts, used_layouts, strict=True)
+        )
+        return W, b

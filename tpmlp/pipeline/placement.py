@@ -25,9 +25,6 @@ from tpmlp.pipeline.stages import Stages
 from tpmlp.placement import OnMesh, OutputSpec, Placement, SampleSpec, place_chain
 from tpmlp.strategy import Strategy
 
-# Layouts of (W, b): of slots, and of the ends as they are held.
-SLOT, HELD_END = ("S/p O/g I/s", "S/p O/g/s"), ("O/g/p I/s", "O/g/s/p")
-
 
 @dataclass(frozen=True, kw_only=True)
 class PipelinePlacement(OnMesh):
@@ -62,6 +59,17 @@ class PipelinePlacement(OnMesh):
         """What the last layer gives."""
         return self.chain.outputs
 
+    @property
+    def slot_layouts(self) -> tuple[str, str]:
+        """Layouts of a slot's (W, b)."""
+        W, b = self.chain.param_layouts
+        return f"S/p {W}", f"S/p {b}"
+
+    @property
+    def end_layouts(self) -> tuple[str, str]:
+        """Layouts of (W, b) of the first and of the last layer, as they are held."""
+        return ("O/g/d/p I/s", "O/g/s/d/p") if self.splits_data else ("O/g/p I/s", "O/g/s/p")
+
     @cached_property
     def ends_axes(self) -> tuple[dict[str, str], dict[str, str]]:
         """Mesh axes of the roles of the first and of the last layer."""
@@ -82,10 +90,11 @@ class PipelinePlacement(OnMesh):
         first, last = self.ends_axes
         per_chunk = self.stages.slots_per_chunk
         slots = [
-            pair(SLOT, {**self.chain.axes[1 + k % per_chunk], "p": "stage"})
+            pair(self.slot_layouts, {**self.chain.axes[1 + k % per_chunk], "p": "stage"})
             for k in range(self.stages.num_slots)
         ]
-        return Staged((pair(HELD_END, first), *slots, pair(HELD_END, last)), self.stages)
+        ends = (pair(self.end_layouts, axes) for axes in (first, last))
+        return Staged((next(ends), *slots, next(ends)), self.stages)
 
 
 def place_stages(
@@ -150,7 +159,7 @@ def make_schedule_for(mesh: Mesh, strategy: Strategy) -> Schedule:
 
 def _check_strategy(strategy: Strategy) -> None:
     """Refuse what the executor cannot do."""
-    needed = {"keep": "shard", "overlap": "none", "reduction": "fast", "shard_weights": False}
+    needed = {"overlap": "none", "reduction": "fast"}
     for name, value in needed.items():
         if (got := getattr(strategy, name)) != value:
             raise ValueError(
