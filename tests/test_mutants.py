@@ -55,6 +55,7 @@ STRATEGIES = (
 )
 FIELDS = "tests/test_strategy_fields.py"
 EXECUTOR = "tests/pipeline/test_executor.py::test_a_step_is_the_references"
+RECOMPUTED = "interleaved, 2x2x2x1, 13 layers, m=2, auto, cross_entropy, recompute2, split weights"
 INVARIANT = "tests/test_invariant.py::test_a_whole_training_run_has_the_same_bits_on_every_mesh"
 SMALL = "tests/test_invariant.py::test_a_batch_of_a_few_samples_has_the_same_bits_on_every_mesh"
 RING = "tests/kernels/test_dense.py::test_float64_tensor_equals_numpy[ring-1x3x1"
@@ -183,7 +184,7 @@ MUTANTS = {
     ),
     "a second gather merged with the first": Mutant(
         "xla.py",
-        "return lax.select(never(other), lax.full_like(array, 0), array)",
+        "return lax.select(any_of, lax.full_like(array, 0), array)",
         "return array",
         f"{VOLUMES}[1x8x1-column]",
     ),
@@ -384,14 +385,20 @@ MUTANTS = {
     ),
     "gradients of empty slots": Mutant(
         "pipeline/executor.py",
-        "here = here if chunk.filled is None else here & (chunk.filled >= k)",
-        "here = here & (k > 0)",
+        "due = (row.task == 3 * c + W) & body.has(c, k)",
+        "due = row.task == 3 * c + W",
         "tests/pipeline/test_executor.py::test_gradients_of_padding_and_of_empty_slots_are_zero",
+    ),
+    "z computed again by the layer after": Mutant(
+        "pipeline/chunk.py",
+        "again[k], _ = _slot_forward(z, k - 1, chunk)",
+        "again[k], _ = _slot_forward(z, k, chunk)",
+        f"{EXECUTOR}[{RECOMPUTED}]",
     ),
     "ends summed over the stages but one": Mutant(
         "pipeline/executor.py",
-        "here = (row.task == 3 * c + kind) & (self.here.stage == stage_of)",
-        "here = row.task == 3 * c + kind",
+        "return (row.task == 3 * place[1] + kind) & (body.stage == place[0])",
+        "return row.task == 3 * place[1] + kind",
         f"{EXECUTOR}[gpipe, 2x3x1x1, 5 layers, m=2, auto, output]",
     ),
     "blocks gathered from the wrong axis": Mutant(

@@ -33,7 +33,8 @@ class Strategy:
             on TPUs XLA copies each array out only just before it wants it back, so that the
             device's memory is as full as before; on GPUs it drops the copies.
         keep_every: the period of "recompute"; the square root of the number of layers, rounded,
-            by default.
+            by default. On a mesh with stages it counts from the first layer of a chunk, and that
+            one alone is kept by default: whatever else is computed again is there at once.
         compute_dtype: "bfloat16", "float32" or "float64", the type of products, of gathers and of
             the z_l that are kept; the parameters' by default. Parameters and gradients keep their
             own type; sums have it too, or the compute type where that is wider; microbatches are

@@ -79,7 +79,8 @@ def after(array: jax.Array, *others: jax.Array) -> jax.Array:
     """
     if not on_cpu():
         return array
-    return lax.select(reduce(lax.bitwise_or, map(never, others)), lax.full_like(array, 0), array)
+    any_of = reduce(lax.bitwise_or, map(never, others))
+    return lax.select(any_of, lax.full_like(array, 0), array)
 
 
 def settled(array: jax.Array) -> jax.Array:

@@ -160,6 +160,7 @@ NOT_IN_THE_STEP = {
     "a message that is not turned",
     "gradients of empty slots",
     "ends summed over the stages but one",
+    "z computed again by the layer after",
 }
 # These are refused while the step is traced: there is no report.
 REFUSED = {name for name, mutant in MUTANTS.items() if mutant.refused} - NOT_IN_THE_STEP

@@ -60,10 +60,9 @@ BAD: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         lambda: step(schedule=FOR_THREE, microbatches=4),
         ("'1f1b' of 3 stages and 4 microbatches", "stage=2", "microbatches=4"),
     ),
-    "keep": (lambda: step(keep="recompute"), ("keep", "keep='recompute'", "stage=1")),
     "rings": (lambda: step(overlap="ring"), ("overlap='ring'", "stage=1")),
     "layout": (lambda: step(layout=("row",) * 4), ("layout", "one word", "'auto'")),
-    "split weights": (lambda: step(shard_weights=True), ("shard_weights=True", "stage=1")),
+    "equal bits": (lambda: step(reduction="invariant"), ("reduction='invariant'", "stage=1")),
     "trace": (
         lambda: api.trace(MODEL, params(), X, X, loss="mse", mesh=MESH),
         ("trace", "stage=2", "reshard"),

@@ -14,8 +14,9 @@ from tpmlp.kernels.cost import total_bytes
 from tpmlp.losses import get_loss
 from tpmlp.pipeline.cost import program_collectives, stage_collectives
 
-# One and two tensor axes, data, chunks both ways round, empty slots, no slots.
-SOME = CASES[:9:2] + CASES[11:12]
+# One and two tensor axes, data, chunks both ways round, empty slots, no slots; what is
+# kept, and split weights.
+SOME = CASES[:9:2] + CASES[11:12] + CASES[14:]
 
 
 @pytest.mark.parametrize("case", SOME, ids=str)

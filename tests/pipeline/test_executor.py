@@ -19,6 +19,7 @@ from tests.tolerances import BFLOAT16_ROUNDOFF, FLOAT64
 from tpmlp import reference
 from tpmlp.losses import get_loss
 from tpmlp.pipeline.schedule import Schedule
+from tpmlp.strategy import Keep
 
 BATCH = 24
 
@@ -35,12 +36,17 @@ class Case:
     layout: str = "auto"
     bias: bool = True
     loss: str = "cross_entropy"
-    hidden: int = 10
+    keep: Keep = "shard"
+    keep_every: int | None = None
+    shard_weights: bool = False
 
     def __str__(self) -> str:
         name = self.schedule if isinstance(self.schedule, str) else self.schedule.name
         of = f"{self.num_layers} layers, m={self.microbatches}"
-        return f"{name}, {'x'.join(map(str, self.sizes))}, {of}, {self.layout}, {self.loss}"
+        kept = "" if self.keep == "shard" else f", {self.keep}{self.keep_every or ''}"
+        split = ", split weights" * self.shard_weights
+        sizes = "x".join(map(str, self.sizes))
+        return f"{name}, {sizes}, {of}, {self.layout}, {self.loss}{kept}{split}"
 
     @property
     def mesh(self) -> Any:
@@ -50,7 +56,7 @@ class Case:
     @property
     def model(self) -> tpmlp.MLP:
         # Widths that the meshes do not divide, and sigmoid, which shows what leaks of padding.
-        interior = (self.hidden,) * (self.num_layers - 1)
+        interior = (10,) * (self.num_layers - 1)
         return tpmlp.MLP((7, *interior, 5), activation="sigmoid", bias=self.bias)
 
     @property
@@ -60,10 +66,32 @@ class Case:
             microbatches=self.microbatches,
             chunks=self.chunks,
             layout=self.layout,
+            keep=self.keep,
+            keep_every=self.keep_every,
+            shard_weights=self.shard_weights,
         )
 
 
 OWN = Schedule.from_text("F0 F1 .  .  B0 W0 B1 W1\n.  F0 B0 F1 B1 W0 W1 .", name="own")
+SPLIT_WEIGHTS = Case(
+    sizes=(2, 2, 1, 2),
+    schedule="1f1b",
+    microbatches=4,
+    num_layers=7,
+    keep="gathered",
+    shard_weights=True,
+)
+EVERY_SECOND = Case(
+    sizes=(2, 2, 2, 1),
+    schedule="interleaved",
+    microbatches=2,
+    num_layers=13,
+    chunks=2,
+    keep="recompute",
+    keep_every=2,
+    shard_weights=True,
+    bias=False,
+)
 # Each schedule on one and on two tensor axes; 2, 4 and 8 stages; 3 and 6 devices; layers that the
 # stages do not divide, an even and an odd number of slots, none at all.
 CASES = [
@@ -81,6 +109,10 @@ CASES = [
     Case(sizes=(1, 4, 1, 2), schedule="zb-v", microbatches=4, num_layers=11, layout="column"),
     Case(sizes=(1, 2, 2, 2), schedule="zb-v", microbatches=3, num_layers=8, loss="logistic"),
     Case(sizes=(1, 2, 2, 1), schedule=OWN, microbatches=2, num_layers=4),
+    Case(sizes=(1, 2, 2, 2), schedule="1f1b", microbatches=2, num_layers=7, keep="gathered"),
+    Case(sizes=(1, 2, 2, 2), schedule="zb-h1", microbatches=2, num_layers=9, keep="recompute"),
+    SPLIT_WEIGHTS,
+    EVERY_SECOND,
 ]
 
 

@@ -11,36 +11,54 @@ from tpmlp.pipeline.summary import PipelineSummary
 
 TARGET = 1.15
 
-# (data, stage, x, y), schedule, microbatches, chunks, (width, layers, batch): weights or samples
-# take most of the memory; few and many microbatches.
+# (data, stage, x, y), schedule, microbatches, chunks, (width, layers, batch), and what else the
+# strategy says: weights or samples take most of the memory; few and many microbatches.
 CASES = [
-    ((1, 4, 2, 1), "gpipe", 8, 1, (512, 16, 1024)),
-    ((1, 4, 2, 1), "1f1b", 8, 1, (512, 16, 1024)),
-    ((1, 4, 2, 1), "interleaved", 8, 2, (512, 16, 1024)),
-    ((2, 2, 2, 1), "zb-h2", 8, 1, (256, 8, 8192)),
-    ((1, 4, 1, 2), "zb-h1", 16, 1, (256, 8, 8192)),
-    ((1, 2, 2, 2), "1f1b", 8, 1, (256, 8, 8192)),
-    ((1, 4, 2, 1), "zb-v", 8, 1, (512, 16, 1024)),
+    ((1, 4, 2, 1), "gpipe", 8, 1, (512, 16, 1024), {}),
+    ((1, 4, 2, 1), "1f1b", 8, 1, (512, 16, 1024), {}),
+    ((1, 4, 2, 1), "interleaved", 8, 2, (512, 16, 1024), {}),
+    ((2, 2, 2, 1), "zb-h2", 8, 1, (256, 8, 8192), {}),
+    ((1, 4, 1, 2), "zb-h1", 16, 1, (256, 8, 8192), {}),
+    ((1, 2, 2, 2), "1f1b", 8, 1, (256, 8, 8192), {}),
+    ((1, 4, 2, 1), "zb-v", 8, 1, (512, 16, 1024), {}),
+    ((1, 4, 2, 1), "1f1b", 8, 1, (512, 16, 4096), {"keep": "recompute"}),
+    ((1, 2, 2, 2), "1f1b", 8, 1, (512, 16, 1024), {"keep": "gathered"}),
+    ((2, 4, 1, 1), "zb-h1", 8, 1, (512, 16, 1024), {"shard_weights": True}),
 ]
 
 
 def compiled(case) -> tuple[PipelineSummary, Audit]:
-    (data, stage, x, y), schedule, microbatches, chunks, (width, num_layers, batch_size) = case
+    (data, stage, x, y), schedule, microbatches, chunks, size, more = case
+    width, num_layers, batch_size = size
     mesh = tpmlp.make_mesh(data=data, stage=stage, x=x, y=y)
     model = tpmlp.MLP((width,) * (num_layers + 1))
-    strategy = tpmlp.Strategy(schedule=schedule, microbatches=microbatches, chunks=chunks)
+    strategy = tpmlp.Strategy(schedule=schedule, microbatches=microbatches, chunks=chunks, **more)
     step = tpmlp.value_and_grad(model, loss="mse", mesh=mesh, strategy=strategy)
     audit = tpmlp.audit(step.compile(batch_size))
     return model.summary(mesh, batch_size=batch_size, strategy=strategy), audit
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[1]}, {case[0]}, {case[4]}")
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"{case[1]}, {case[0]}, {case[4]}, {case[5]}"
+)
 def test_temporaries_are_what_the_schedule_says(case):
     summary, audit = compiled(case)
     assert 1 / TARGET <= audit.temp_bytes / summary.step.total <= TARGET
     # Whatever moves between stages is a z or a g: as many bytes as predicted.
     moved = [row for row in audit.collectives if row.kind == "ppermute" and "stage" in row.axes]
     assert sum(row.total_bytes or 0 for row in moved) == summary.message_bytes
+
+
+def test_recomputation_holds_fewer_activations_and_no_more_in_all():
+    held = []
+    for keep in ("shard", "recompute"):
+        case = ((1, 4, 2, 1), "gpipe", 16, 1, (256, 16, 4096), {"keep": keep})
+        summary, audit = compiled(case)
+        held.append((summary.step.activations, audit.temp_bytes))
+    (kept, temporaries), (fewer, less) = held
+    # 4 slots a stage, of which one is kept.
+    assert fewer == kept / 4
+    assert less < temporaries
 
 
 def test_a_summary_says_which_stage_has_which_layers():

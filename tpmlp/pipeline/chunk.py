@@ -27,6 +27,7 @@ from tpmlp.collectives import per_stage, turn_in_group, zeros
 from tpmlp.kernels import dense
 from tpmlp.kernels.backprop import Chain, gradient_and_slope, layer_input, reduced, whole_weight
 from tpmlp.kernels.execution import Execution
+from tpmlp.placement import Placement
 from tpmlp.strategy import Strategy
 from tpmlp.xla import after
 
@@ -78,9 +79,8 @@ def keeps_z(k: int, strategy: Strategy, num_slots: int) -> bool:
     return strategy.keep != "recompute" or (k - 1) % (strategy.keep_every or num_slots) == 0
 
 
-def keeps_h(k: int, chain: Chain) -> bool:
+def keeps_h(k: int, placement: Placement) -> bool:
     """Return whether F keeps the gathered input of slot k, where it is gathered at all."""
-    placement = chain.placement
     return placement.strategy.keep == "gathered" and placement.sizes[placement.axes[k]["g"]] > 1
 
 
@@ -132,7 +132,7 @@ def _recomputed(kept: tuple[Kept, ...], g: jax.Array, chunk: Chunk) -> dict[int,
 
 def _slot_forward(z: jax.Array, k: int, chunk: Chunk) -> tuple[jax.Array, jax.Array | None]:
     """Return z_k of slot k, counted from 1, and the gathered h_k if that is kept."""
-    keeps, run = keeps_h(k, chunk.chain), chunk.run
+    keeps, run = keeps_h(k, chunk.chain.placement), chunk.run
 
     def layer(z: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         z, h = layer_forward(z, chunk.slots[k - 1], k + 1, chunk)

@@ -8,6 +8,9 @@ Layer 1 has F and W, the latter with its B; layer L+1 all three, and the loss, w
 moves these for its own layers and every microbatch; messages between stages move in every tick,
 the ends and the sums over data once a step.
 
+Under keep="gathered" W does not gather h, and under "recompute" B begins with F of the layers whose
+z is not kept. Where data splits the weights, F and B gather them, and W ends with a reduce-scatter.
+
 The compiled program has every task once a tick, as a branch that some stages take:
 `program_collectives` is what is in it, which an audit can count, and `stage_collectives` what a
 stage runs of it.
@@ -28,6 +31,7 @@ from tpmlp.kernels.cost import (
     loss_collectives,
 )
 from tpmlp.losses import Loss
+from tpmlp.pipeline.chunk import keeps_h, keeps_z
 from tpmlp.pipeline.placement import PipelinePlacement
 from tpmlp.predict import layer_shapes, step_types
 
@@ -55,8 +59,19 @@ class Tasks:
             yield from forward_collectives(shape, types)
         if "B" in kinds:
             yield from backward_collectives(shape, types, input_gradient=True, gathers_input=False)
+            yield from forward_collectives(shape, types, "backward") if self.again(l) else ()
         if "W" in kinds:
-            yield from backward_collectives(shape, types, input_gradient=False, gathers_input=True)
+            is_end = l in (1, len(self.shapes))
+            gathers = is_end or not keeps_h(l - 1, self.placement.chain)
+            yield from backward_collectives(
+                shape, types, input_gradient=False, gathers_input=gathers
+            )
+            yield from gradient_collectives(shape, types) if types.splits_data else ()
+
+    def again(self, l: int) -> bool:
+        """Return whether B runs the forward pass of layer l: the next slot's z is not kept."""
+        num_slots = self.placement.stages.slots_per_chunk
+        return 1 < l <= num_slots and not keeps_z(l, self.placement.strategy, num_slots)
 
     def empty(self, l: int) -> Iterator[Collective]:
         """Yield those of an empty slot in the place of layer l: F and B hand on z and g, turned."""
@@ -66,6 +81,7 @@ class Tasks:
         rows: list[tuple[Phase, str, int]] = [
             ("forward", "z", self.types.compute),
             ("backward", "g", self.types.total),
+            *([("backward", "z", self.types.compute)] if self.again(l) else []),
         ]
         for phase, tensor, item_bytes in rows:
             yield Collective(
@@ -174,7 +190,7 @@ def _sums(tasks: Tasks) -> Iterator[Collective]:
     placement, types, shapes = tasks.placement, tasks.types, tasks.shapes
     slots = shapes[1:-1] * placement.schedule.num_chunks
     for shape in (shapes[0], *slots, shapes[-1]):
-        yield from gradient_collectives(shape, types)
+        yield from () if types.splits_data else gradient_collectives(shape, types)
     p = placement.sizes["stage"]
     for shape in (shapes[0], shapes[-1]):
         yield from _end_rows(shape, types, p)
@@ -183,7 +199,8 @@ def _sums(tasks: Tasks) -> Iterator[Collective]:
 
 def _end_rows(shape: LayerShape, types: Types, p: int) -> Iterator[Collective]:
     """Yield the gathers of an end's parameters over the stages, and the sums of its gradients."""
-    for name, elements in (("W", shape.W), ("b", shape.b if shape.bias else 0)):
+    data = shape.size("d") if types.splits_data else 1
+    for name, elements in (("W", shape.W // data), ("b", shape.b // data if shape.bias else 0)):
         if elements:
             yield _over_stages(name, "all_gather", elements, types.param, p)
             yield _over_stages(f"d{name}", "reduce_scatter", elements, types.total, p)

@@ -39,7 +39,7 @@ from tpmlp.pipeline.body import Body
 from tpmlp.pipeline.buffers import NOTHING, B, F, W
 from tpmlp.pipeline.tables import Row, columns
 from tpmlp.regularizers import ElementwisePenalty
-from tpmlp.xla import after, hold
+from tpmlp.xla import after, differs_over, hold
 
 
 class Carry(NamedTuple):
@@ -88,13 +88,13 @@ class Job(NamedTuple):
     """Gradients that a tick may have to make.
 
     Attributes:
-        index: of the parameters in the sums.
+        to: which sums they belong to.
         due: whether this stage is to make them now.
         make: of the arrays that it reads.
         reads: those.
     """
 
-    index: int
+    to: int
     due: jax.Array
     make: Callable[..., Any]
     reads: tuple[Any, Any]
@@ -294,11 +294,18 @@ class _Step:
 
 
 def _after_all(arrays: Any, others: Any) -> Any:
-    """Return arrays that are not there before others are."""
+    """Return arrays that are not there before others are; only before those that differ no more.
+
+    An array that is equal on devices where another differs would count as different after it.
+    """
     waited_for = jax.tree.leaves(others)
-    if not waited_for:
-        return arrays
-    return hold((jax.tree.map(lambda array: after(array, *waited_for), arrays), others))[0]
+
+    def tied(array: jax.Array) -> jax.Array:
+        mine = differs_over(array)
+        alike = [other for other in waited_for if differs_over(other) <= mine]
+        return after(array, *alike) if alike else array
+
+    return hold((jax.tree.map(tied, arrays), others))[0] if waited_for else arrays
 
 
 def _at(buffers: Any, index: jax.Array) -> Any:

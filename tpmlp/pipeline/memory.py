@@ -1,12 +1,16 @@
 """What one device holds in a step of a pipeline, by what it is for.
 
-buffers     activations (peak + 1) K, deferred (slots + 1) K, inboxes, g that leaves with its W:
-            arrays of one microbatch and layer, d/M by B/(m D); the one more of each is for what
-            nobody reads
-gradients   a sum for each array of the parameters, the ends whole
+buffers     slots of the schedule, and one more for what nobody reads, of a chunk's layers: of
+            activations what F keeps of a layer (z; gathered h; nothing), of deferred g, and z that
+            B computed again; inboxes; g that leaves with its W. All of one microbatch, d/M by
+            B/(m D) but for gathered h
+gradients   a sum for each array of the parameters, the ends whole; those of slots are in the
+            results from the start where no other type and no sum over data comes between
 ends        the first and the last layer, whole
-a task      z of a chunk as it was read, z and g of a chunk as they are left; messages as they
-            leave, and as they came or have moved; one layer's dW and its two factors
+a task      what a chunk kept as it was read, what F and B leave; messages as they leave, and as
+            they came or have moved; one layer's dW, its two factors, and W where data splits it
+
+Results that are not there before the last tick hold the ends and dW till then, as far as they can.
 """
 
 from dataclasses import dataclass
@@ -16,6 +20,7 @@ import jax.numpy as jnp
 
 from tpmlp.kernels.execution import execution
 from tpmlp.layout import padded
+from tpmlp.pipeline.chunk import keeps_h, keeps_z
 from tpmlp.pipeline.placement import PipelinePlacement
 
 
@@ -24,11 +29,11 @@ class StepBytes:
     """Temporaries of a step on one device.
 
     Attributes:
-        activations: z kept for B and W.
-        deferred: g kept for W.
+        activations: what F keeps for B and W.
+        deferred: what B leaves for W.
         inboxes: messages that wait, and a g that leaves with its W.
         gradients: sums over the microbatches.
-        ends: the first and the last layer, gathered.
+        ends: the first and the last layer, gathered, where the results have no room for them.
         task: what a task reads and leaves.
     """
 
@@ -54,29 +59,54 @@ def step_bytes(placement: PipelinePlacement, *, batch_size: int, dtype: Any) -> 
         dtype: of the parameters.
     """
     run, plan, stages = execution(placement, dtype), placement.buffers, placement.stages
-    compute, total = run.compute.itemsize, run.total.itemsize
+    param, compute, total = jnp.dtype(dtype).itemsize, run.compute.itemsize, run.total.itemsize
     first, hidden, *_, last = placement.chain.padded_widths
     num_devices = placement.sizes["x"] * placement.sizes["y"]
+    data = placement.sizes["data"] if run.splits_data else 1
     rows = padded(batch_size, placement.row_blocks) // placement.row_blocks
-    words, per_chunk = hidden // num_devices * rows, max(1, stages.slots_per_chunk)
-    ends = (first + last) * hidden // num_devices
-    leaving = 0 if placement.schedule.splits_backward else 1
-    slot = hidden * hidden // num_devices
-    # Of one layer's gradient: dW and what it is a product of, both gathered.
-    widest = max(first, hidden, last)
-    gathered = sum(widest // placement.sizes[axis] * rows for axis in ("x", "y"))
-    layer = widest * hidden // num_devices * total + gathered * compute
-    kept = per_chunk * words * (2 * compute + total)
+    words, widest = hidden // num_devices * rows, max(first, hidden, last)
+    kept, deferred = _of_chunk(placement, rows, compute, total)
+    ends = (first + last) * hidden // num_devices // data
+    slots = stages.num_slots * hidden * hidden // num_devices // data
+    dW = widest * hidden // num_devices * total
+    # What one layer's gradient is a product of, both gathered; W, where that is gathered too.
+    factors = sum(widest // placement.sizes[axis] * rows for axis in ("x", "y")) * compute
+    weights = widest * hidden // num_devices * compute if run.splits_data else 0
     # z and g as they leave, and as they came or have moved; g of the outputs; the samples.
     messages = (
         words * 2 * (compute + total) + (last * total + first * compute) // num_devices * rows
     )
+    in_results = run.accumulate.itemsize == param and (
+        run.splits_data or placement.sizes["data"] == 1
+    )
+    room = 0 if in_results else slots * param
+    leaving = 0 if placement.schedule.splits_backward else 1
     return StepBytes(
-        activations=(plan.num_activations + 1) * per_chunk * words * compute,
-        deferred=(plan.num_deferred + 1) * per_chunk * words * total,
+        activations=(plan.num_activations + 1) * kept,
+        deferred=(plan.num_deferred + 1) * deferred,
         inboxes=words
         * ((plan.num_inbox_h + 1) * compute + (plan.num_inbox_g + 1 + leaving) * total),
-        gradients=(ends + stages.num_slots * slot) * run.accumulate.itemsize,
-        ends=ends * jnp.dtype(dtype).itemsize,
-        task=kept + messages + layer,
+        gradients=(ends + (0 if in_results else slots)) * run.accumulate.itemsize,
+        ends=max(0, ends * param - room),
+        task=2 * kept
+        + deferred
+        + messages
+        + factors
+        + weights
+        + max(0, dW - max(0, room - ends * param)),
     )
+
+
+def _of_chunk(placement: PipelinePlacement, rows: int, compute: int, total: int) -> tuple[int, int]:
+    """Return the bytes that F keeps of a chunk, and that B leaves for its W."""
+    chain, sizes, num_slots = placement.chain, placement.sizes, placement.stages.slots_per_chunk
+    hidden = chain.padded_widths[1]
+    words = hidden // (sizes["x"] * sizes["y"]) * rows
+    kept = deferred = 0
+    for k in range(1, num_slots + 1):
+        keeps = keeps_z(k, placement.strategy, num_slots)
+        kept += words * compute if keeps else 0
+        deferred += words * (total if keeps else total + compute)
+        if keeps_h(k, chain):
+            kept += hidden // sizes[chain.axes[k]["s"]] * rows * compute
+    return kept, deferred

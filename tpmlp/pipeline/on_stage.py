@@ -1,5 +1,6 @@
 """One stage of a chain of dense layers on one device: a tpmlp.pipeline.body.Body."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -81,20 +82,19 @@ class OnStage:
 
         def gradient(pair: Pair, axes: dict[str, str]) -> Pair:
             partial = "+p" if types.splits_data else "+d+p"
-            W, b = (
-                None
-                if a is None
-                else zeros(f"{layout} {partial}", a.shape, types.accumulate, **axes, p="stage")
-                for layout, a in zip(chain.param_layouts, pair, strict=True)
+            W, b = (f"{layout} {partial}" for layout in chain.param_layouts)
+            return _each(
+                lambda a, layout: zeros(layout, a.shape, types.accumulate, **axes, p="stage"),
+                pair,
+                (W, b),
             )
-            return W, b
 
         hidden = chain.padded_widths[1]
         message, g = zero(hidden, types.compute), zero(hidden, types.total)
         kept, deferred = [], []
         for k in range(1, per_chunk + 1):
             keeps = keeps_z(k, strategy, per_chunk)
-            h = no_input(k, rows, chunk) if keeps_h(k, self.chain) else None
+            h = no_input(k, rows, chunk) if keeps_h(k, chain) else None
             kept.append(Kept(message if keeps else None, h))
             deferred.append(Deferred(g, None if keeps else message))
         return Empty(
@@ -188,20 +188,27 @@ class OnStage:
 
     def _whole(self, pair: Pair, end: int) -> Pair:
         """Return the first or the last (W, b) as a layer without stages has them."""
-        axes, layouts = self.placement.ends_axes[end], self.placement.end_layouts
-        used_layouts = self.placement.chain.param_layouts
-        W, b = (
-            None if array is None else all_gather(f"{held} -> {used}", array, **axes)
-            for array, held, used in zip(pair, layouts, used_layouts, strict=True)
+        axes = self.placement.ends_axes[end]
+        return _each(
+            lambda array, held, used: all_gather(f"{held} -> {used}", array, **axes),
+            pair,
+            self.placement.end_layouts,
+            self.placement.chain.param_layouts,
         )
-        return W, b
 
     def _split(self, pair: Pair, end: int) -> Pair:
         """Sum gradients of an end where its parameters are: `_whole`, transposed."""
-        axes, layouts = self.placement.ends_axes[end], self.placement.end_layouts
-        used_layouts = self.placement.chain.param_layouts
-        W, b = (
-            None if array is None else reduce_scatter(f"{used} +p -> {held}", array, **axes)
-            for array, held, used in zip(pair, layouts, used_layouts, strict=True)
+        axes = self.placement.ends_axes[end]
+        return _each(
+            lambda array, held, used: reduce_scatter(f"{used} +p -> {held}", array, **axes),
+            pair,
+            self.placement.end_layouts,
+            self.placement.chain.param_layouts,
         )
-        return W, b
+
+
+def _each(function: Callable[..., jax.Array], pair: Pair, *layouts: tuple[str, str]) -> Pair:
+    """Return a function of W and of b, where there is one, each with its layouts."""
+    W, b = pair
+    of_W, of_b = zip(*layouts, strict=True)
+    return function(W, *of_W), None if b is None else function(b, *of_b)
