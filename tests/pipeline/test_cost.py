@@ -9,7 +9,7 @@ from collections import defaultdict
 import pytest
 
 import tpmlp
-from tests.pipeline.test_executor import BATCH, CASES
+from tests.pipeline.test_executor import BATCH, CASES, Case
 from tpmlp.kernels.cost import total_bytes
 from tpmlp.losses import get_loss
 from tpmlp.pipeline.cost import program_collectives, stage_collectives
@@ -21,6 +21,11 @@ SOME = CASES[:9:2] + CASES[11:12] + CASES[14:]
 
 @pytest.mark.parametrize("case", SOME, ids=str)
 def test_the_program_moves_what_is_predicted(case):
+    check_bytes(case)
+
+
+def check_bytes(case: Case) -> None:
+    """Hold the bytes that are predicted to those of the compiled step, by kind and axes."""
     given = {"loss": case.loss, "mesh": case.mesh, "strategy": case.strategy}
     step = tpmlp.value_and_grad(case.model, **given)
     counted: dict[tuple[str, tuple[str, ...]], float] = defaultdict(float)
