@@ -391,8 +391,8 @@ MUTANTS = {
     ),
     "z computed again by the layer after": Mutant(
         "pipeline/chunk.py",
-        "again[k], _ = _slot_forward(z, k - 1, chunk)",
-        "again[k], _ = _slot_forward(z, k, chunk)",
+        "again[k], _ = slot_forward(z, k - 1, chunk)",
+        "again[k], _ = slot_forward(z, k, chunk)",
         f"{EXECUTOR}[{RECOMPUTED}]",
     ),
     "ends summed over the stages but one": Mutant(

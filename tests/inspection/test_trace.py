@@ -160,7 +160,7 @@ def test_a_layer_that_is_saturated_throughout_says_so(activation, biases, shares
 def test_norms_of_gradients_that_vanish_are_not_lost():
     tiny = np.full((2, 4), 1e-30, np.float32)
     blocks = [Block(jnp.asarray(tiny), 2, 4)]
-    (row,) = summarize_depth(blocks, blocks, [], blocks, [tiny], None).layers
+    (row,) = summarize_depth(blocks, blocks, [], blocks, [1.0], None).layers
     assert row.g_norm == pytest.approx(np.sqrt(8) * 1e-30, rel=1e-6)
 
 

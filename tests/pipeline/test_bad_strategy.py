@@ -63,10 +63,6 @@ BAD: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "rings": (lambda: step(overlap="ring"), ("overlap='ring'", "stage=1")),
     "layout": (lambda: step(layout=("row",) * 4), ("layout", "one word", "'auto'")),
     "equal bits": (lambda: step(reduction="invariant"), ("reduction='invariant'", "stage=1")),
-    "trace": (
-        lambda: api.trace(MODEL, params(), X, X, loss="mse", mesh=MESH),
-        ("trace", "stage=2", "reshard"),
-    ),
     "gradients of samples": (
         lambda: api.per_example_gradient_norms(MODEL, params(), X, X, loss="mse", mesh=MESH),
         ("gradients of one sample", "stage=2", "stage=1"),

@@ -108,6 +108,7 @@ CASES = [
     Case(sizes=(1, 2, 1, 3), schedule="zb-h2", microbatches=4, num_layers=8, layout="alternate"),
     Case(sizes=(1, 4, 1, 2), schedule="zb-v", microbatches=4, num_layers=11, layout="column"),
     Case(sizes=(1, 2, 2, 2), schedule="zb-v", microbatches=3, num_layers=8, loss="logistic"),
+    Case(sizes=(1, 2, 2, 2), schedule="zb-v", microbatches=2, num_layers=5),
     Case(sizes=(1, 2, 2, 1), schedule=OWN, microbatches=2, num_layers=4),
     Case(sizes=(1, 2, 2, 2), schedule="1f1b", microbatches=2, num_layers=7, keep="gathered"),
     Case(sizes=(1, 2, 2, 2), schedule="zb-h1", microbatches=2, num_layers=9, keep="recompute"),

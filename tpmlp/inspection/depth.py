@@ -114,7 +114,7 @@ def summarize_depth(
     z: Sequence[Block],
     slope: Sequence[Block],
     g: Sequence[Block],
-    dW: Any,
+    dW_norms: Sequence[Any],
     largest_slope: float | None,
 ) -> DepthSummary:
     """Return the statistics of a trace.
@@ -124,14 +124,14 @@ def summarize_depth(
         z: z_1 .. z_{L+1}.
         slope: sigma'(z_1) .. sigma'(z_L).
         g: g_1 .. g_{L+1}.
-        dW: dW_1 .. dW_{L+1}, whose padding is 0.
+        dW_norms: |dW_1| .. |dW_{L+1}|.
         largest_slope: of the activation; None for the largest that is in `slope`.
     """
     if largest_slope is None:
         largest_slope = max((float(_largest(block)) for block in slope), default=0.0)
     seen = {"h": list(h), "z": list(z), "g": list(g)}
-    norms, dW_norms, slopes = jax.device_get(
-        (norms_of(seen), _norms_of_weights(list(dW)), _slopes(list(slope), largest_slope))
+    norms, of_weights, slopes = jax.device_get(
+        (norms_of(seen), list(dW_norms), _slopes(list(slope), largest_slope))
     )
     g_norms = [float(norm) for norm in norms["g"]]
     return DepthSummary(
@@ -141,7 +141,7 @@ def summarize_depth(
                 h_norm=float(norms["h"][l - 1]),
                 z_norm=float(norms["z"][l - 1]),
                 g_norm=g_norms[l - 1],
-                dW_norm=float(dW_norms[l - 1]),
+                dW_norm=float(of_weights[l - 1]),
                 g_ratio=_ratio(*g_norms[l - 1 : l + 1]) if l < len(z) else None,
                 dead_units=int(slopes[l - 1][0]) if l < len(z) else None,
                 saturated=float(slopes[l - 1][1]) if l < len(z) else None,
@@ -234,11 +234,6 @@ def _norm(block: Block) -> jax.Array:
     scale = jnp.max(jnp.abs(a))
     safe = jnp.where(scale > 0, scale, jnp.ones_like(scale))
     return safe * jnp.sqrt(jnp.sum(jnp.square(a / safe)))
-
-
-@jax.jit
-def _norms_of_weights(arrays: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.linalg.norm(array) for array in arrays]
 
 
 @jax.jit

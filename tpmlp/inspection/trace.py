@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args, overload
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
@@ -14,12 +15,12 @@ from tpmlp.batch import Batch, place_batch
 from tpmlp.graph.graph import Graph
 from tpmlp.inspection.depth import Block, DepthSummary, plot_depth, summarize_depth
 from tpmlp.inspection.graph_trace import GraphTrace, trace_graph
-from tpmlp.kernels.backprop import Chain
+from tpmlp.kernels.network import Network
 from tpmlp.model import MLP, Params
 from tpmlp.models import Model
 from tpmlp.objective import Objective, make_objective
 from tpmlp.parameters import check_params
-from tpmlp.placement import check_no_stages
+from tpmlp.pipeline.staged import Staged, to_layers
 from tpmlp.randomness import check_dropout_key, random_words
 from tpmlp.strategy import Strategy
 
@@ -62,14 +63,15 @@ class Trace:
     """The arrays of one step, by layer, 1-based as in the mathematics.
 
     Arrays are padded, samples as rows: [B, d], the rows split over data and the features over
-    both tensor axes, so that a device holds d/M of each.
+    both tensor axes, so that a device holds d/M of each; on a mesh with stages of every layer, not
+    of its own stage's alone.
 
     Attributes:
         h: input of layer l, [B, d_{l-1}], l = 1 .. L+1; h[1] is x.
         z: W_l h_l + b_l, [B, d_l], l = 1 .. L+1.
         sigma_prime: sigma'(z_l), [B, d_l], l = 1 .. L.
         g: derivative of the data loss by z_l, [B, d_l], l = 1 .. L+1.
-        grads: ((dW_1, db_1), ...), R included where it is elementwise.
+        grads: in the structure of the parameters, R included where it is elementwise.
         loss: the data loss, a scalar.
         activation: sigma and sigma'.
         widths: logical widths.
@@ -80,7 +82,7 @@ class Trace:
     z: ByLayer
     sigma_prime: ByLayer
     g: ByLayer
-    grads: Params
+    grads: Params | Staged
     loss: jax.Array
     activation: Activation
     widths: tuple[int, ...]
@@ -110,7 +112,7 @@ class Trace:
             self._blocks("z"),
             self._blocks("sigma_prime"),
             self._blocks("g"),
-            [dW for dW, _ in self.grads],
+            _norms_of_weights(self.grads),
             self.activation.largest_slope,
         )
 
@@ -216,6 +218,10 @@ def trace(
     g_l. What the backward pass computes once more is not shown: h_l where keep is not "gathered",
     z_l of the layers that keep="recompute" leaves out. A fault there is one of dW_l or sigma'(z_l).
 
+    On a mesh with stages the pass runs one stage after another, with the step's layers and messages
+    but without its schedule (tpmlp.pipeline.one_pass). z_l is as its stage computes it, h_l as its
+    stage reads it, and g_l as it comes to its stage.
+
     Args:
         model: the MLP, or the Graph: r_v and g_v of every vertex.
         params: placed for this mesh and strategy.
@@ -246,7 +252,6 @@ def trace(
     objective = make_objective(
         model, loss=loss, mesh=mesh, regularizer=regularizer, strategy=strategy
     )
-    check_no_stages(objective.placement, "trace")
     params = check_params(model, params, objective.placement)
     batch = place_batch(objective.placement, objective.loss, Batch(x, y, weight))
     keys = check_dropout_key(model, key)
@@ -268,10 +273,22 @@ def trace(
     )
 
 
+@jax.jit
+def _norms_of_weights(grads: Params | Staged) -> list[jax.Array]:
+    """Return |dW_l| by layer; padding is 0. Each stage takes the norms of its own."""
+    if not isinstance(grads, Staged):
+        return [jnp.linalg.norm(dW) for dW, _ in grads]
+    first, *slots, last = [dW for dW, _ in grads.layers]
+    by_stage = [jnp.linalg.norm(dW, axis=(1, 2)) for dW in slots]
+    norms = [jnp.linalg.norm(first), *by_stage, jnp.linalg.norm(last)]
+    by_layer = to_layers(Staged(tuple((norm, None) for norm in norms), grads.stages))
+    return [norm for norm, _ in by_layer]
+
+
 @lru_cache(maxsize=16)
 def _traced(objective: Objective) -> Any:
-    def body(chain: Chain, layers: Any, *samples: Any) -> _Rows:
-        result = objective.run(chain, layers, *samples)
+    def body(network: Network, params: Any, *samples: Any) -> _Rows:
+        result = objective.run(network, params, *samples)
         seen = result.arrays
         return _Rows(
             h=[h.T for h in seen.h[1:]],
@@ -282,7 +299,7 @@ def _traced(objective: Objective) -> Any:
             loss=result.value.loss,
         )
 
-    layers = range(1, objective.model.num_layers + 1)
-    z = [objective.placement.spec("B/d O/g/s", l) for l in layers]
-    specs = _Rows(z[:-1], z, z[:-1], z, objective.param_specs, PartitionSpec())
+    spec, layers = objective.placement.spec, range(1, objective.model.num_layers + 1)
+    h, z = ([spec(layout, l) for l in layers] for layout in ("B/d I/s/g", "B/d O/g/s"))
+    specs = _Rows(h[1:], z, z[:-1], z, objective.param_specs, PartitionSpec())
     return jax.jit(objective.map(body, specs))

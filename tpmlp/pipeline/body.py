@@ -7,10 +7,13 @@ A pipeline cuts a model into a first part, which the first virtual stage runs be
 its own. What goes from slot to slot is one array, the *message*: z forward, g backward.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+from jax import lax
 
+from tpmlp.collectives import per_stage
 from tpmlp.kernels.execution import Execution
 
 
@@ -98,3 +101,17 @@ class Body(Protocol):
     def reduced(self, grads: tuple[Any, ...]) -> Any:
         """Sum gradients over data and stages, to where the parameters are, in their structure."""
         ...
+
+
+def only_at(
+    place: tuple[int, int],
+    c: int,
+    body: Body,
+    there: Callable[[], Any],
+    elsewhere: Callable[[], Any],
+) -> Any:
+    """Return one value on the stage of a place, (stage, chunk), in chunk c, and another elsewhere."""
+    at, chunk = place
+    if chunk != c:
+        return elsewhere()
+    return lax.cond(body.stage == at, lambda: per_stage(there()), lambda: per_stage(elsewhere()))

@@ -86,10 +86,10 @@ def keeps_h(k: int, placement: Placement) -> bool:
 
 def forward(z: jax.Array, chunk: Chunk) -> tuple[tuple[Kept, ...], jax.Array]:
     """Compute z_1 .. z_K from z_in; return what is kept, and z_K in the compute type."""
-    kept, strategy = [], chunk.chain.placement.strategy
-    for k in range(1, len(chunk.slots) + 1):
-        before, (z, h) = z, _slot_forward(z, k, chunk)
-        kept.append(Kept(before if keeps_z(k, strategy, len(chunk.slots)) else None, h))
+    kept, num_slots, strategy = [], len(chunk.slots), chunk.chain.placement.strategy
+    for k in range(1, num_slots + 1):
+        before, (z, h) = z, slot_forward(z, k, chunk)
+        kept.append(Kept(before if keeps_z(k, strategy, num_slots) else None, h))
     return tuple(kept), z
 
 
@@ -126,11 +126,11 @@ def _recomputed(kept: tuple[Kept, ...], g: jax.Array, chunk: Chunk) -> dict[int,
         if kept[k - 1].z is None:
             before = kept[k - 2].z
             z = again[k - 1] if before is None else after(before, g)
-            again[k], _ = _slot_forward(z, k - 1, chunk)
+            again[k], _ = slot_forward(z, k - 1, chunk)
     return again
 
 
-def _slot_forward(z: jax.Array, k: int, chunk: Chunk) -> tuple[jax.Array, jax.Array | None]:
+def slot_forward(z: jax.Array, k: int, chunk: Chunk) -> tuple[jax.Array, jax.Array | None]:
     """Return z_k of slot k, counted from 1, and the gathered h_k if that is kept."""
     keeps, run = keeps_h(k, chunk.chain.placement), chunk.run
 

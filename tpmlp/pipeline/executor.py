@@ -35,7 +35,7 @@ from tpmlp.kernels import terms
 from tpmlp.kernels.network import param_dtype
 from tpmlp.kernels.objective import Samples, Value
 from tpmlp.losses import Loss
-from tpmlp.pipeline.body import Body
+from tpmlp.pipeline.body import Body, only_at
 from tpmlp.pipeline.buffers import NOTHING, B, F, W
 from tpmlp.pipeline.tables import Row, columns
 from tpmlp.regularizers import ElementwisePenalty
@@ -244,8 +244,11 @@ class _Step:
             if (arrivals.h != NOTHING).any():
                 inbox_h = _put(inbox_h, h_slot, self.body.moved_h(z, by))
             if (arrivals.g != NOTHING).any():
-                # What the loss leaves for its own stage is as B reads it.
-                came = self.body.moved_g(g, by) if by else g
+                came = self.body.moved_g(g, by)
+                if by == 0:
+                    # What the loss leaves for its own stage is as B reads it; at the turn of a "v"
+                    # g comes from a B, as from any other stage.
+                    came = jnp.where((row.task - 1) % 3 == 0, g, came)
                 inbox_g = _put(inbox_g, g_slot, came)
         return carry._replace(inbox_h=inbox_h, inbox_g=inbox_g)
 
@@ -260,10 +263,10 @@ class _Step:
         self, c: int, part: Samples, kept: tuple[Any, ...], came: jax.Array, g: jax.Array
     ) -> Done:
         """Run F of a chunk, with the first part before it and the last after it where these are."""
-        z_in = self.where(self.first, c, lambda: self.body.enter(part.x), lambda: came)
+        z_in = only_at(self.first, c, self.body, lambda: self.body.enter(part.x), lambda: came)
         passed, z_out = self.body.forward(c, z_in)
         done = self.idle(part, kept, came, g)._replace(kept=passed, z_out=z_out)
-        return self.where(self.last, c, lambda: self.at_loss(done, part), lambda: done)
+        return only_at(self.last, c, self.body, lambda: self.at_loss(done, part), lambda: done)
 
     def at_loss(self, done: Done, part: Samples) -> Done:
         """Run the last part and the loss, and come back to the gradient of the message."""
@@ -281,16 +284,6 @@ class _Step:
         """Run B of a chunk."""
         deferred, g_in = self.body.backward(c, kept, g)
         return self.idle(part, kept, came, g)._replace(deferred=deferred, g_out=g_in)
-
-    def where(
-        self, place: tuple[int, int], c: int, there: Callable[[], Any], elsewhere: Callable[[], Any]
-    ) -> Any:
-        """Return one value on the stage of a place, (stage, chunk), and another elsewhere."""
-        at, chunk = place
-        if chunk != c:
-            return elsewhere()
-        here = self.body.stage == at
-        return lax.cond(here, lambda: per_stage(there()), lambda: per_stage(elsewhere()))
 
 
 def _after_all(arrays: Any, others: Any) -> Any:

@@ -3,14 +3,12 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
 from tpmlp.activations import Activation
-from tpmlp.collectives import all_reduce, per_stage, zeros
 from tpmlp.kernels.backprop import Chain
 from tpmlp.kernels.network import Finished, Passed
 from tpmlp.losses import Head
+from tpmlp.pipeline import one_pass
 from tpmlp.pipeline.on_stage import OnStage
 from tpmlp.pipeline.placement import PipelinePlacement
 from tpmlp.pipeline.staged import Staged
@@ -47,12 +45,15 @@ class Pipeline(NamedTuple):
         return OnStage(params, self.placement, self.chain)
 
     def forward(self, params: Staged, x: jax.Array, share: jax.Array | None) -> Passed:
-        """Run forward, the whole batch at once, one stage after another."""
+        """Run forward, the whole batch at once, one stage after another, and back when asked to."""
+        here = self.body(params)
+        passed = one_pass.forward(x, here)
 
         def back(g: jax.Array, reduce: bool) -> Finished:
-            raise NotImplementedError("a pipeline's step is value_and_grad")
+            assert reduce, "a pass sums its own gradients; microbatches are the executor's"
+            return one_pass.backward(x, passed, g, here)
 
-        return Passed(self.outputs(params, x)[0], None, back)
+        return Passed(passed.outputs, None, back)
 
     @property
     def kept_specs(self) -> tuple[()]:

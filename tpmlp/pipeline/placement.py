@@ -14,7 +14,7 @@ back to where they are.
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpmlp.layout import partition_spec
 from tpmlp.pipeline.buffers import Buffers, plan_buffers
@@ -69,6 +69,16 @@ class PipelinePlacement(OnMesh):
     def end_layouts(self) -> tuple[str, str]:
         """Layouts of (W, b) of the first and of the last layer, as they are held."""
         return ("O/g/d/p I/s", "O/g/s/d/p") if self.splits_data else ("O/g/p I/s", "O/g/s/p")
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The role of each layer: "column" or "row"."""
+        layers = range(1, self.stages.num_layers + 1)
+        return tuple(self.chain.words[self.stages.in_chain(l) - 1] for l in layers)
+
+    def spec(self, layout: str, layer: int) -> PartitionSpec:
+        """Return the PartitionSpec of a layout under the roles of a layer (1-based)."""
+        return self.chain.spec(layout, self.stages.in_chain(layer))
 
     @cached_property
     def ends_axes(self) -> tuple[dict[str, str], dict[str, str]]:
