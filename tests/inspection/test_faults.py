@@ -122,7 +122,8 @@ PLANTED = [
 # What verify's step has none of: R, microbatches, a weight of 0, smoothing, split weights that are
 # moved too often, traffic and order (which are for the audit to find), draws, the audit itself,
 # norms and gradients of single samples, curvature; sums whose order is no fault but to a hash;
-# graphs, whose faults tests/inspection/test_graph_verify.py plants, and stages.
+# graphs and stages, whose faults tests/inspection/test_graph_verify.py and
+# tests/pipeline/test_verify.py plant.
 
 NOT_IN_THE_STEP = {
     "an out-neighbour left out",

@@ -165,12 +165,8 @@ def operations(
         u=max(roundoff.total, unit_roundoff(trace.z[num_layers].dtype)),
     )
     for l in range(num_layers, 0, -1):
-        g, h = run("g", l), run("h", l)
-        dW, db = trace.grads[l - 1]
-        yield _product((f"dW_{l}", l, "backward"), dW, g.T, h, roundoff, has_samples=False)
-        if db is not None:
-            ones = np.ones(len(g))
-            yield _product((f"db_{l}", l, "backward"), db, g.T, ones, roundoff, has_samples=False)
+        g = run("g", l)
+        yield from weight_gradient(l, trace.grads[l - 1], g, run("h", l), roundoff)
         if l > 1:
             z, W = run("z", l - 1), np.asarray(arrays[l - 1][0], np.float64)
             yield _slope(trace, l - 1, z, sigma_prime(z), roundoff)
@@ -183,6 +179,17 @@ def operations(
                 factor=run("sigma_prime", l - 1),
                 factor_error=_unsure(z, roundoff),
             )
+
+
+def weight_gradient(
+    l: int, computed: tuple[Any, Any], g: np.ndarray, h: np.ndarray, roundoff: Roundoff
+) -> Iterator[Operation]:
+    """Yield dW_l = g_l^T h_l, samples as rows, and db_l if there is one."""
+    dW, db = computed
+    yield _product((f"dW_{l}", l, "backward"), dW, g.T, h, roundoff, has_samples=False)
+    if db is not None:
+        ones = np.ones(len(g))
+        yield _product((f"db_{l}", l, "backward"), db, g.T, ones, roundoff, has_samples=False)
 
 
 def _hidden(
@@ -278,19 +285,9 @@ def loss_operations(
     """
     tensor, last = name
     batch, num_outputs = z.shape
-    per_sample, gradient = loss(z.T, y)
-    scale = weight / weight.sum() if loss.reduction == "mean" else weight
-    spread = 2 * np.abs(z).max(axis=1)
-    roundings = spread + num_outputs + ELEMENTWISE_ROUNDINGS
-    size = np.abs(per_sample) + spread + 1
-    yield Operation(
-        tensor="loss",
-        layer=last,
-        phase="loss",
-        computed=computed[0],
-        exact=np.asarray((scale * per_sample).sum()),
-        bound=np.asarray((scale * size * (roundings * u + _gamma(2 * batch + 2, u))).sum()),
-    )
+    yield loss_operation(last, z, y, weight, loss=loss, computed=computed[0], u=u)
+    _, gradient = loss(z.T, y)
+    scale, roundings = _scale(weight, loss), _roundings(z)
     target = np.abs(gradient) + (loss.reduction == "mean")
     bound = scale * target * (roundings * u + _gamma(batch + 2, u))
     shape = (-1, *computed[1].shape[1:-1], num_outputs)
@@ -303,6 +300,39 @@ def loss_operations(
         bound=bound.T.reshape(shape),
         has_samples=True,
     )
+
+
+def loss_operation(
+    last: int | str,
+    z: np.ndarray,
+    y: Any,
+    weight: np.ndarray,
+    *,
+    loss: reference.Loss,
+    computed: jax.Array,
+    u: float,
+) -> Operation:
+    """Return the loss of outputs, whose layer is `last`; arguments as in `loss_operations`."""
+    per_sample, _ = loss(z.T, y)
+    size = np.abs(per_sample) + 2 * np.abs(z).max(axis=1) + 1
+    scale, each = _scale(weight, loss), _roundings(z) * u + _gamma(2 * len(z) + 2, u)
+    return Operation(
+        tensor="loss",
+        layer=last,
+        phase="loss",
+        computed=computed,
+        exact=np.asarray((scale * per_sample).sum()),
+        bound=np.asarray((scale * size * each).sum()),
+    )
+
+
+def _scale(weight: np.ndarray, loss: reference.Loss) -> np.ndarray:
+    return weight / weight.sum() if loss.reduction == "mean" else weight
+
+
+def _roundings(z: np.ndarray) -> np.ndarray:
+    """Return how many units of roundoff the loss of each sample may be off, of what it adds."""
+    return 2 * np.abs(z).max(axis=1) + z.shape[1] + ELEMENTWISE_ROUNDINGS
 
 
 def stored(computed: jax.Array, roundoff: Roundoff, exact: np.ndarray) -> np.ndarray | float:

@@ -22,7 +22,7 @@ from tpmlp.graph.graph import Graph
 from tpmlp.graph.structure import Repeat, Structure
 from tpmlp.graph.vertex import Vertex
 from tpmlp.inspection.bounds import Operation, Phase, Roundoff, loss_operations, stored
-from tpmlp.inspection.compared import Compared, Numbers, check_exact, roundoff_of
+from tpmlp.inspection.compared import Compared, Numbers, check_at_once, check_exact, roundoff_of
 from tpmlp.inspection.graph_trace import GraphTrace
 from tpmlp.inspection.report import Kind
 from tpmlp.inspection.running_error import Bounded, with_errors
@@ -71,6 +71,7 @@ def compare_graph(
     if numbers.kind == "integers":
         graph, loss = _exact(graph), "output"
     placement, meant = graph.place(mesh, strategy), get_loss(loss)
+    check_at_once(placement)
     data = _Data.draw(graph, meant, numbers, batch_size)
     types = execution(placement, numbers.dtype)
     with jax.enable_x64(True):

@@ -65,6 +65,16 @@ class Numbers:
         return self.rng.uniform(0.5, 2.0, batch_size).astype(self.dtype)
 
 
+def check_at_once(placement: Any) -> None:
+    """Refuse microbatches where no step is run but the one that is traced, which has none."""
+    microbatches = placement.strategy.microbatches
+    if microbatches > 1 and placement.sizes["stage"] == 1:
+        raise ValueError(
+            "strategy must run the batch at once to be verified on a mesh without stages, as every "
+            f"array of it is compared: got microbatches={microbatches}. Use microbatches=1."
+        )
+
+
 def check_exact(most: float, run: Execution, described: str) -> None:
     """Refuse integers whose sums could be too large for the narrowest type, and be rounded.
 

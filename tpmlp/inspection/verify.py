@@ -10,6 +10,12 @@
 
 Whichever way is asked, the operations are recomputed too, and the first one that rounding cannot
 explain is named: its tensor, layer and phase, and the devices on which it is wrong.
+
+On a mesh with stages h, z, sigma' and g are those of a trace, which has no schedule, and there are
+two of the loss and of every dW and db: the trace's own, "traced dW_3", and those of a step with
+the strategy's schedule and microbatches, "dW_3" (tpmlp.inspection.compare_chain). The step shows
+none of its inside: as an operation it is bounded by how far rounding may put it from the trace
+(tpmlp.inspection.conditioning).
 """
 
 from itertools import starmap
@@ -61,6 +67,7 @@ def verify(
 
     Raises:
         ValueError: an unknown kind; "float64" without jax_enable_x64; a loss without a reference;
+            microbatches on a mesh without stages;
             of a Graph a vertex that rounds for "integers", or whose function has operations with
             unknown rounding for "float32".
 
@@ -101,11 +108,6 @@ def verify(
 
 def _check_arguments(kind: Any, batch_size: Any, strategy: Strategy | None) -> Kind:
     check_count("batch_size", batch_size, "Use 30.")
-    if strategy is not None and strategy.microbatches > 1:
-        raise ValueError(
-            "strategy must run the batch at once to be verified, as every array of it is compared: "
-            f"got microbatches={strategy.microbatches}. Use microbatches=1."
-        )
     x64 = jax.config.read("jax_enable_x64")
     kind = kind or ("float64" if x64 else "float32")
     if kind not in KINDS:
