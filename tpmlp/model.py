@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from tpmlp.activations import Activation, get_activation
 from tpmlp.checks import check_count, check_dtype, check_key
-from tpmlp.draw import draw_layers
+from tpmlp.draw import draw_layers, draw_stages
 from tpmlp.kernels.backprop import Chain
 from tpmlp.layout import padded
 from tpmlp.losses import get_loss
@@ -30,7 +30,6 @@ from tpmlp.pipeline.staged import Staged, staged_specs, to_stages
 from tpmlp.pipeline.summary import summarize_pipeline
 from tpmlp.placement import (
     ParameterSpec,
-    check_no_stages,
     check_strategy,
     place_chain,
 )
@@ -268,17 +267,19 @@ class MLP:
     def plot(self, mesh: Mesh, *, strategy: Strategy | None = None) -> Any:
         """Return a matplotlib Figure of which device holds which block of every layer.
 
+        On a mesh with stages a row of panels is a stage.
+
         Args:
             mesh: the mesh.
             strategy: Strategy() by default.
 
         Raises:
-            ValueError: a mesh with stages.
+            ValueError: the mesh cannot have the layout.
             ModuleNotFoundError: matplotlib is not installed.
         """
         placement = self.place(mesh, strategy)
-        check_no_stages(placement, "plot")
-        return draw_layers(placement)
+        of_stages = isinstance(placement, PipelinePlacement)
+        return draw_stages(placement) if of_stages else draw_layers(placement)
 
 
 @lru_cache(maxsize=16)

@@ -81,7 +81,6 @@ BAD: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         ),
         ("products with a curvature", "stage=2"),
     ),
-    "plot": (lambda: MODEL.plot(MESH), ("plot", "stage=2")),
     "parameters of no stages": (
         lambda: step()(MODEL.init(jax.random.key(0), api.make_mesh(x=2)), X, X),
         ("placed for 2 stages", "of no stages", "reshard"),
