@@ -83,7 +83,9 @@ PLANTED = [
         "layers computed again by those before them", "dW_4", 4, "backward", (2, 2, 1),
         {"keep": "recompute", "keep_every": 2}, SQUARE,
     ),
-    Planted("blocks gathered from the wrong axis", "z_2", 2, "forward", (2, 2, 2)),
+    Planted(
+        "blocks gathered from the wrong axis", "h_2", 1, "forward", (2, 2, 2), devices=(1, 2, 5, 6)
+    ),
     Planted(
         (*FORWARD, f'{FORWARD[1]} + 1e-3 * (jax.lax.axis_index("x") == 1).astype(z.dtype)'),
         "z_1", 1, "forward", (1, 3, 1), devices=(1,),
