@@ -36,6 +36,7 @@ class Case:
     layout: str = "auto"
     bias: bool = True
     loss: str = "cross_entropy"
+    hidden: int = 10
     keep: Keep = "shard"
     keep_every: int | None = None
     shard_weights: bool = False
@@ -56,7 +57,7 @@ class Case:
     @property
     def model(self) -> tpmlp.MLP:
         # Widths that the meshes do not divide, and sigmoid, which shows what leaks of padding.
-        interior = (10,) * (self.num_layers - 1)
+        interior = (self.hidden,) * (self.num_layers - 1)
         return tpmlp.MLP((7, *interior, 5), activation="sigmoid", bias=self.bias)
 
     @property

@@ -110,7 +110,7 @@ def only_at(
     there: Callable[[], Any],
     elsewhere: Callable[[], Any],
 ) -> Any:
-    """Return one value on the stage of a place, (stage, chunk), in chunk c, and another elsewhere."""
+    """Return one value in chunk c on the stage of a place, (stage, chunk), another elsewhere."""
     at, chunk = place
     if chunk != c:
         return elsewhere()
