@@ -1,0 +1,1 @@
+"""Tensor parallel, pipeline parallel and their mixtures: the same model, batch and devices."""
