@@ -24,6 +24,8 @@ CASES = [
     ((1, 4, 2, 1), "1f1b", 8, 1, (512, 16, 4096), {"keep": "recompute"}),
     ((1, 2, 2, 2), "1f1b", 8, 1, (512, 16, 1024), {"keep": "gathered"}),
     ((2, 4, 1, 1), "zb-h1", 8, 1, (512, 16, 1024), {"shard_weights": True}),
+    # Round a ring of two, both ways are one.
+    ((1, 2, 4, 1), "zb-v", 8, 1, (512, 16, 4096), {}),
 ]
 
 

@@ -117,17 +117,14 @@ def summarize_pipeline(
     rows = padded(batch_size, placement.row_blocks) // placement.row_blocks
     tensor_devices = placement.sizes["x"] * placement.sizes["y"]
     words = placement.chain.padded_widths[1] // tensor_devices * rows
-    ways = (plan.from_before, plan.from_after)
     moved = needed = 0
-    for arrivals in ways:
-        for slots, itemsize in (
-            (arrivals.h, run.compute.itemsize),
-            (arrivals.g, run.total.itemsize),
-        ):
-            came = (slots != NOTHING).sum(axis=0)
-            if came.any():
-                moved += schedule.num_ticks * words * itemsize
-                needed += int(came.max()) * words * itemsize
+    for name, itemsize in (("h", run.compute.itemsize), ("g", run.total.itemsize)):
+        ways = (getattr(way, name) for way in (plan.from_before, plan.from_after))
+        came = [(slots != NOTHING).sum(axis=0) for slots in ways]
+        # Round a ring of two stages both ways are one, and the compiler makes the move once.
+        moves = min(sum(bool(c.any()) for c in came), schedule.num_stages - 1)
+        moved += schedule.num_ticks * moves * words * itemsize
+        needed += sum(int(c.max()) for c in came) * words * itemsize
     return PipelineSummary(
         mesh=placement.sizes,
         schedule=schedule.name,
