@@ -1,90 +1,129 @@
-"""Two processes, each pinned to a core of its own with one thread, time one step of a way.
+"""Two processes, each pinned to a core of its own with one thread, time a step of every way.
 
-    python -m experiments.parallelism.measured RANK PORT SETTINGS
+On simulated devices an idle stage costs nothing, as they share cores: here it does. All ways are
+compiled and warmed, then run in turns, so that whatever else the machine does meets them alike.
 
-On simulated devices an idle stage costs nothing, as they share cores: here it does.
+In the same rounds the processes time what the model needs: a product of the shape that each way
+has, and gathers of few and of many bytes. With their medians the model says, in lockstep, what a
+step should take.
 """
 
-import json
+import math
 import os
-import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import jax
+from experiments.bench.machine import describe_machine
+from experiments.parallelism.modelled import Link, Problem, step_s
+from experiments.parallelism.process import FEW, MANY, Answer, Order, product_shape
+from experiments.parallelism.ways import ways
+from experiments.parallelism.work import FLOAT_BYTES
 
-import tpmlp
-from experiments.parallelism.ways import LOSS, Way, samples
-
-ROUNDS = 5
-LIMIT_S = 300
+LIMIT_S = 600
+NUM_PROCESSES = 2
 
 
-def measure(way: Way, widths: Sequence[int], *, batch_size: int, microbatches: int) -> float:
-    """Return the seconds of a step, the median of ROUNDS, of two processes on two cores."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    settings = json.dumps(
-        {
-            "way": [way.stage, way.x, way.schedule],
-            "widths": list(widths),
-            "batch_size": batch_size,
-            "microbatches": microbatches,
-        }
+def obstacle() -> str | None:
+    """Return why two processes cannot have a core each; None if they can."""
+    if not hasattr(os, "sched_getaffinity"):
+        return "this system cannot pin a process to a core"
+    if (cores := len(os.sched_getaffinity(0))) < NUM_PROCESSES:
+        return f"two processes need a core each: {cores} is there"
+    return None
+
+
+def measure(problem: Problem, *, microbatches: int, rounds: int) -> dict[str, Any]:
+    """Return seconds of a step of each way to use two devices, and what the model says of them."""
+    spread = ways(NUM_PROCESSES)
+    before = describe_machine()["load_1min"]
+    order = Order(
+        width=problem.width,
+        layers=problem.layers,
+        batch_size=problem.batch_size,
+        microbatches=microbatches,
+        rounds=rounds,
+        ways=[(way.stage, way.x, way.schedule) for way in spread],
     )
-    one_thread = "--xla_cpu_multi_thread_eigen=false"
-    environment = {**os.environ, "XLA_FLAGS": one_thread, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "experiments.parallelism.measured"]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(port), settings],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
+    answers = _run(order)
+    few, many = (statistics.median(_slower(answers, "gathers", i)) for i in (0, 1))
+    received = FLOAT_BYTES * (MANY - FEW) / NUM_PROCESSES
+    link = Link(flops_per_s=1.0, bytes_per_s=received / max(many - few, 1e-9), latency_s=few)
+    rows = []
+    for i, way in enumerate(spread):
+        size = product_shape(way, problem.width, problem.batch_size, microbatches)
+        rate = 2 * math.prod(size) / statistics.median(_slower(answers, "products", i))
+        taken = problem.work(way, microbatches)
+        predicted = step_s(taken, replace(link, flops_per_s=rate))
+        seconds = _slower(answers, "steps", i)
+        rows.append(
+            {
+                "way": way.name,
+                "seconds": seconds,
+                "median_s": statistics.median(seconds),
+                "flops_per_s": rate,
+                "predicted_s": predicted["lockstep_s"],
+                "predicted_asynchronous_s": predicted["asynchronous_s"],
+            }
         )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=LIMIT_S) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for rank, (_, errors) in zip(ranks, outputs, strict=True):
-        if rank.returncode:
-            raise RuntimeError(f"a process of {way.name} ended with {rank.returncode}: {errors}")
-    return max(float(out.split()[-1]) for out, _ in outputs)
+    return {
+        "rows": rows,
+        "bytes_per_s": link.bytes_per_s,
+        "latency_s": link.latency_s,
+        "load_1min_before": before,
+    }
 
 
-def main(rank: int, port: int, settings: dict[str, Any]) -> None:
-    """Join the other process, and print the median time of a step."""
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[rank % len(cores)]})
-    tpmlp.simulate_devices(1)
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    address = f"127.0.0.1:{port}"
-    bound = address if rank == 0 else None
-    jax.distributed.initialize(address, 2, rank, coordinator_bind_address=bound)
-    way, model = Way(*settings["way"]), tpmlp.MLP(tuple(settings["widths"]))
-    strategy = way.strategy(settings["microbatches"])
-    given: Any = {"loss": LOSS, "mesh": way.mesh, "strategy": strategy}
-    batch = tpmlp.shard_batch(model, *samples(model, settings["batch_size"]), **given)
-    params = model.init(jax.random.key(0), way.mesh, strategy=strategy)
-    step = tpmlp.value_and_grad(model, **given)
-    jax.block_until_ready(step(params, *batch))
-    times = []
-    for _ in range(ROUNDS):
-        started = time.perf_counter()
-        jax.block_until_ready(step(params, *batch))
-        times.append(time.perf_counter() - started)
-    print(statistics.median(times))
-    jax.distributed.shutdown()
+def _slower(answers: Sequence[Answer], name: str, index: int) -> list[float]:
+    """Return the seconds of each round, of whichever process took longer."""
+    return [max(pair) for pair in zip(*(getattr(a, name)[index] for a in answers), strict=True)]
 
 
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))
+def _run(order: Order) -> list[Answer]:
+    """Start both processes, wait for them, and leave none behind."""
+    command = [sys.executable, "-m", "experiments.parallelism.process"]
+    # On simulated devices XLA's products would take every core that is there.
+    environment = {**os.environ, "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        order.write(Path(folder) / "order.json")
+        logs = [Path(folder) / f"errors-{rank}.txt" for rank in range(NUM_PROCESSES)]
+        ranks = [
+            subprocess.Popen(
+                [*command, str(rank), folder],
+                stdout=subprocess.DEVNULL,
+                stderr=log.open("w", encoding="utf-8"),
+                env=environment,
+            )
+            for rank, log in enumerate(logs)
+        ]
+        try:
+            _wait(lambda: [rank.poll() for rank in ranks])
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+        for rank, log in zip(ranks, logs, strict=True):
+            if rank.returncode > 0:
+                last = " ".join(log.read_text(encoding="utf-8").splitlines()[-1:])
+                raise RuntimeError(f"one of two processes ended with {rank.returncode}: {last}")
+        return [Answer.read(Path(folder) / f"answer-{r}.json") for r in range(NUM_PROCESSES)]
+
+
+def _wait(poll: Callable[[], list[int | None]]) -> None:
+    """Wait until all have ended, or one in error: the other would wait for it."""
+    ends = time.monotonic() + LIMIT_S
+    while None in (codes := poll()):
+        if any(codes):
+            # Time for the other to notice, so that the first error is the one that is told.
+            time.sleep(1)
+            return
+        if time.monotonic() > ends:
+            raise RuntimeError(f"two processes must end within {LIMIT_S} s: they did not.")
+        time.sleep(0.1)

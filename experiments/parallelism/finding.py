@@ -1,0 +1,231 @@
+"""What a record says, in words that its numbers choose; each function is of one part of it."""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from experiments.parallelism.ways import Row
+
+Record = Mapping[str, Any]
+
+TENSOR = "tensor parallel"
+GIGABYTE, MEBIBYTE = 1e9, 2**20
+
+
+def finding(record: Record) -> list[str]:
+    """Return a sentence or more of every part that a record has."""
+    parts = {
+        "counted": (of_bytes, of_memory),
+        "modelled": (of_turning, of_reason, of_mixtures),
+        "measured": (of_measured,),
+        "published": (of_published,),
+    }
+    return [tell(record) for part in parts if record.get(part) for tell in parts[part]]
+
+
+def of_bytes(record: Record) -> str:
+    """Say who communicates more."""
+    rows = record["counted"]
+    devices = each_devices(rows)
+    more = [times(rows, m, "bytes") for m in devices]
+    needed = [one(rows, m, TENSOR)["bytes"] / needed_bytes(one(rows, m, "1f1b")) for m in devices]
+    least, most = zip(*(extremes(rows, m) for m in devices), strict=True)
+    return (
+        f"Tensor parallel communicates more: on M = {listed(devices)} devices it receives "
+        f"{listed(more, '.1f')} times the bytes that 1F1B's program moves, "
+        f"{listed(needed, '.1f')} times those that 1F1B needs, in "
+        f"{one(rows, devices[0], TENSOR)['collectives']} collectives. Pipelines move from "
+        f"{min(least):.2f} to {max(most):.2f} of its bytes, the most zb-v, whose chunks go down the "
+        f"stages and come back: a program in step moves messages that nobody needs."
+    )
+
+
+def of_memory(record: Record) -> str:
+    """Say who holds more."""
+    rows = record["counted"]
+    devices = each_devices(rows)
+    held = {
+        name: listed([one(rows, m, name)["held_bytes"] / MEBIBYTE for m in devices], ".0f")
+        for name in (TENSOR, "1f1b", "gpipe")
+    }
+    worst = max(row["held_bytes"] / row["predicted_held_bytes"] for row in rows)
+    temporaries = max(row["temp_bytes"] / row["predicted_temp_bytes"] for row in rows)
+    return (
+        f"A device holds {held[TENSOR]} MiB tensor parallel, {held['1f1b']} with 1F1B and "
+        f"{held['gpipe']} with GPipe, at most {worst:.2f} times what is predicted, its temporaries "
+        f"{temporaries:.2f} times; bytes and collectives are as predicted in "
+        f"{sum(map(is_predicted, rows))} of {len(rows)} programs."
+    )
+
+
+def of_turning(record: Record) -> str:
+    """Say when tensor parallel is faster."""
+    chosen, link, m = record["turning"], record["link"], record["config"]["microbatches"]
+    devices = each_devices(chosen)
+    points = {
+        name: listed([gigabytes(turning(chosen, n, m, name)) for n in devices])
+        for name in ("1f1b", "zb-h1")
+    }
+    best = [gigabytes(turning(chosen, n, m, None)) for n in devices]
+    step = [gigabytes(turning(chosen, n, m, "1f1b", "lockstep_bytes_per_s")) for n in devices]
+    reached = [(name, reaches(chosen, max(devices), name, link)) for name in ("1f1b", "zb-h1")]
+    return (
+        f"It computes faster where the link is fast: modelled at {link['flops_per_s'] / 1e12:.0f} "
+        f"TFLOP/s and m = {m}, with a process a stage, it overtakes 1F1B above {points['1f1b']} "
+        f"GB/s on M = {listed(devices)}, ZB-H1 above {points['zb-h1']}, and every schedule above "
+        f"{listed(best)}; against stages in step, 1F1B above {listed(step)}. On M = "
+        f"{max(devices)}, {link['name']} ({link['bytes_per_s'] / GIGABYTE:.0f} GB/s) is enough "
+        f"against {' and '.join(f'{name} for {when}' for name, when in reached)}."
+    )
+
+
+def of_reason(record: Record) -> str:
+    """Say why it turns there."""
+    config, link = record["config"], record["link"]
+    devices, m = each_devices(record["turning"]), record["config"]["microbatches"]
+    ratios = [
+        row["bytes_per_s"] / row["theory_bytes_per_s"]
+        for row in record["turning"]
+        if row["schedule"] == "1f1b" and row["bytes_per_s"]
+    ]
+    bubbles = listed([f"{(n - 1) / m:.0%}" for n in devices])
+    theory = 2 * m * link["flops_per_s"] / (3 * config["model_width"]) / GIGABYTE
+    return (
+        f"Why: 1F1B waits (M - 1) / m of its products, {bubbles}; tensor parallel's bytes, too, "
+        f"grow as M - 1 of them. So the turning point is 2 m R / (3 d) = {theory:.0f} GB/s for "
+        f"1F1B whatever M is (modelled, {min(ratios):.2f} to {max(ratios):.2f} of it), and 3 "
+        f"times that for ZB-H1, which waits a third. Fewer microbatches, wider layers and slower "
+        f"devices help tensor parallel; with one microbatch only one stage works at a time."
+    )
+
+
+def of_mixtures(record: Record) -> str:
+    """Say whether a mixture is faster than both on the chip's own link."""
+    rows = [
+        row for row in record["modelled"] if row["bytes_per_s"] == record["link"]["bytes_per_s"]
+    ]
+    most = max(each_devices(rows))
+    mine = sorted(
+        (row for row in rows if row["devices"] == most), key=lambda r: r["asynchronous_s"]
+    )
+    mixture = next((row for row in mine if " x " in row["way"]), None)
+    if mixture is None:
+        return f"On M = {most} no mixture was modelled."
+    share = {row["way"]: row["asynchronous_s"] / row["ideal_s"] for row in mine}
+    return (
+        f"On {record['link']['name']} and M = {most} a step takes {share[TENSOR]:.2f} times its "
+        f"products tensor parallel, {share['1f1b']:.2f} with 1F1B, {share[mixture['way']]:.2f} in "
+        f"the best mixture ({mixture['way']}), {share[mine[0]['way']]:.2f} at best "
+        f"({mine[0]['way']})."
+    )
+
+
+def of_measured(record: Record) -> str:
+    """Say what two processes took."""
+    rows = record["measured"]["rows"]
+    by_way = {row["way"]: row for row in rows}
+    best = min((row for row in rows if row["way"] != TENSOR), key=lambda row: row["median_s"])
+    tensor = by_way[TENSOR]
+    ratios = [a / b for a, b in zip(best["seconds"], tensor["seconds"], strict=True)]
+    wrong = [row["median_s"] / row["predicted_s"] for row in rows]
+    link = record["measured"]["bytes_per_s"] / GIGABYTE
+    return (
+        f"Measured, M = 2 and a core each: tensor parallel takes {tensor['median_s']:.2f} s, the "
+        f"best pipeline ({best['way']}, in step) {best['median_s']:.2f} s: "
+        f"{statistics.median(ratios):.2f} times as long in the median of {len(ratios)} rounds "
+        f"({min(ratios):.2f} to {max(ratios):.2f}), over a link of {link:.2f} GB/s. What is "
+        f"measured is {min(wrong):.2f} to {max(wrong):.2f} times what the model says of these "
+        f"processes."
+    )
+
+
+def of_published(record: Record) -> str:
+    """Say how simulated throughputs compare with published ones."""
+    rows = [row for row in record["published"] if row["chunks"] != 3]
+    errors = [row["simulated"] / row["published"] - 1 for row in rows]
+    zero = [row for row in rows if row["name"] == "ZB-2p"]
+    return (
+        f"Against {len(rows)} published throughputs simulate is off by "
+        f"{statistics.mean(map(abs, errors)):.1%} in the mean, {statistics.mean(errors):+.1%} "
+        f"without sign, {max(errors):+.1%} at most: it knows no update of parameters, no stage "
+        f"that is slower than the mean, and no table searched for. ZB-2p gains "
+        f"{listed([row['published_ratio'] for row in zero], '.2f')} published, "
+        f"{listed([row['together_ratio'] for row in zero], '.2f')} where stages end a step "
+        f"together, {listed([row['on_ratio'] for row in zero], '.2f')} where each goes on, and "
+        f"{listed([row['no_bubble_ratio'] for row in zero], '.2f')} without any bubble."
+    )
+
+
+# Choosing rows
+
+
+def each_devices(rows: Iterable[Row]) -> list[int]:
+    """Return the numbers of devices, ascending."""
+    return sorted({row["devices"] for row in rows})
+
+
+def one(rows: Sequence[Row], devices: int, way: str) -> Row:
+    """Return the row of a way."""
+    return next(row for row in rows if (row["devices"], row["way"]) == (devices, way))
+
+
+def is_predicted(row: Row) -> bool:
+    """Return whether bytes and collectives are as predicted."""
+    return all(row[name] == row[f"predicted_{name}"] for name in ("bytes", "collectives"))
+
+
+def needed_bytes(row: Row) -> float:
+    """Return what a device of the busiest stage receives, less the messages nobody reads."""
+    return row["received_bytes"] - row["message_bytes"] + row["needed_message_bytes"]
+
+
+def times(rows: Sequence[Row], devices: int, name: str) -> float:
+    """Return tensor parallel over 1F1B."""
+    return one(rows, devices, TENSOR)[name] / one(rows, devices, "1f1b")[name]
+
+
+def extremes(rows: Sequence[Row], devices: int) -> tuple[float, float]:
+    """Return the least and the most bytes of a pipeline, relative to tensor parallel."""
+    mine = [r["bytes"] for r in rows if r["devices"] == devices and r["x"] == 1]
+    tensor = one(rows, devices, TENSOR)["bytes"]
+    return min(mine) / tensor, max(mine) / tensor
+
+
+def turning(
+    rows: Iterable[Row],
+    devices: int,
+    microbatches: int,
+    schedule: str | None,
+    name: str = "bytes_per_s",
+) -> float | None:
+    """Return the link above which tensor parallel beats a schedule; None is any of them."""
+    mine = [
+        row[name]
+        for row in rows
+        if (row["devices"], row["microbatches"]) == (devices, microbatches)
+        and schedule in (None, row["schedule"])
+    ]
+    return None if not mine or None in mine else max(mine)
+
+
+def reaches(rows: Sequence[Row], devices: int, schedule: str, link: Row) -> str:
+    """Return with how many microbatches a link is fast enough for tensor parallel."""
+    mine = [row for row in rows if (row["devices"], row["schedule"]) == (devices, schedule)]
+    needs = {row["microbatches"]: row["bytes_per_s"] or math.inf for row in mine}
+    if enough := [m for m, needed in needs.items() if needed <= link["bytes_per_s"]]:
+        return f"m up to {max(enough)}"
+    return f"no m (its fewest, {min(needs)}, needs {gigabytes(needs[min(needs)])})"
+
+
+# Words
+
+
+def gigabytes(bytes_per_s: float | None) -> str:
+    """Return a bandwidth in GB/s."""
+    return "any" if bytes_per_s is None else f"{bytes_per_s / GIGABYTE:.0f}"
+
+
+def listed(values: Iterable[Any], form: str = "") -> str:
+    """Return values as a text has them."""
+    return ", ".join(f"{value:{form}}" for value in values)
