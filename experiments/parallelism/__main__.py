@@ -83,7 +83,7 @@ class Config:
     model_width: int = 8192
     model_layers: int = 64
     model_batch_size: int = 8192
-    bandwidths: int = 33
+    bandwidths: int = 41
     most_microbatches: int = 32
     latency_s: float = 1e-5
     measured_width: int = 1024

@@ -12,11 +12,10 @@ from experiments.parallelism.finding import (
     GIGABYTE,
     MEBIBYTE,
     TENSOR,
+    caption_of_modelled,
     each_devices,
     of_bytes,
     of_measured,
-    of_reason,
-    of_turning,
 )
 from experiments.parallelism.schedules import SHOWN
 from experiments.parallelism.ways import CHUNKS, SCHEDULES, Row
@@ -69,7 +68,7 @@ def plot_counted(record: Record) -> Figure:
         _bars(held, mine, "held_bytes", "held, counted", "C2")
         moved.set_title(f"M = {number}")
         moved.set_xlabel("MiB received in a step")
-        held.set_xlabel("MiB on a device: arguments, results, temporaries")
+        held.set_xlabel("MiB held on a device in a step")
     names: dict[str, Any] = {}
     for axes in grid[:, 0]:
         handles, labels = axes.get_legend_handles_labels()
@@ -112,8 +111,7 @@ def plot_modelled(record: Record) -> Figure:
         _times(axes, record, [row for row in rows if row["devices"] == number], number)
     _turning(turning, record)
     figure.legend(*times[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    title = f"Modelled, not measured. {of_turning(record)} {of_reason(record)}"
-    figure.suptitle(textwrap.fill(title, WRAP), fontsize="medium")
+    figure.suptitle(textwrap.fill(caption_of_modelled(record), WRAP), fontsize="medium")
     return figure
 
 
@@ -221,6 +219,7 @@ def _links(axes: Axes, record: Record, *, vertical: bool) -> None:
             ha="right",
             va=align,
             transform=transform,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
         )
 
 

@@ -36,8 +36,8 @@ def of_bytes(record: Record) -> str:
         f"{listed(more, '.1f')} times the bytes that 1F1B's program moves, "
         f"{listed(needed, '.1f')} times those that 1F1B needs, in "
         f"{one(rows, devices[0], TENSOR)['collectives']} collectives. Pipelines move from "
-        f"{min(least):.2f} to {max(most):.2f} of its bytes, the most zb-v, whose chunks go down the "
-        f"stages and come back: a program in step moves messages that nobody needs."
+        f"{min(least):.2f} to {max(most):.2f} of its bytes, the most zb-v, whose chunks go down "
+        f"the stages and come back: a program in step moves messages that nobody needs."
     )
 
 
@@ -97,6 +97,22 @@ def of_reason(record: Record) -> str:
         f"1F1B whatever M is (modelled, {min(ratios):.2f} to {max(ratios):.2f} of it), and 3 "
         f"times that for ZB-H1, which waits a third. Fewer microbatches, wider layers and slower "
         f"devices help tensor parallel; with one microbatch only one stage works at a time."
+    )
+
+
+def caption_of_modelled(record: Record) -> str:
+    """Say in short what of_turning and of_reason do."""
+    chosen, m = record["turning"], record["config"]["microbatches"]
+    devices = each_devices(chosen)
+    above = [
+        f"{name} above {listed([gigabytes(turning(chosen, n, m, name)) for n in devices])} GB/s"
+        for name in ("1f1b", "zb-h1", "zb-v")
+    ]
+    return (
+        f"Modelled, not measured: at {record['link']['flops_per_s'] / 1e12:.0f} TFLOP/s, d = "
+        f"{record['config']['model_width']} and m = {m}, on M = {listed(devices)}, tensor parallel "
+        f"overtakes {', '.join(above)}. Pipelines wait as M - 1 grows, and tensor parallel sends "
+        f"as it does: what decides is m / d, hardly M."
     )
 
 

@@ -75,7 +75,8 @@ def measure() -> list[Row]:
             chunks = CHUNKS.get(name, 1)
             schedule = tpmlp.make_schedule(name, num_stages, microbatches, chunks)
             for costs in all_costs():
-                found = tpmlp.simulate(schedule, *costs.tasks(num_stages, chunks))
+                F, B, W = costs.tasks(num_stages, chunks)
+                found = tpmlp.simulate(schedule, F, B, W)
                 rows.append(
                     {
                         "schedule": name,
