@@ -55,8 +55,8 @@ define CHECK_PYTHON
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train verify picture graph bench bench-torch bench-gpu absent test test-all \
-        test-gpu check format pins clean
+.PHONY: help setup train verify picture graph parallelism bench bench-torch bench-gpu absent test \
+        test-all test-gpu check format pins clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -65,7 +65,8 @@ help: ## List the targets
 	@echo 'make train takes $(wordlist 1,8,$(TRAIN_VARIABLES))'
 	@echo '           $(wordlist 9,99,$(TRAIN_VARIABLES)), as NAME=value.'
 	@echo 'make bench, bench-torch and bench-gpu take BENCH_ARGS="..."; "--help" explains them.'
-	@echo 'make absent takes ABSENT_ARGS="..." and make graph GRAPH_ARGS="..." likewise.'
+	@echo 'make absent takes ABSENT_ARGS="...", make graph GRAPH_ARGS="..." and'
+	@echo '           make parallelism PARALLELISM_ARGS="..." likewise.'
 	@echo 'make test, test-all and test-gpu take PYTEST_ARGS="..." for pytest.'
 
 setup: $(READY) ## Make the environment with pinned packages; targets that need it do so first
@@ -118,6 +119,9 @@ bench-gpu: $(READY) ## Time a train step on a GPU against a bare product and pla
 
 graph: $(READY) ## Train a language model and an autoencoder, sharded and not; write results/graph
 	@$(BIN)/python -m experiments.graph $(GRAPH_ARGS)
+
+parallelism: $(READY) ## Compare tensor and pipeline parallel: bytes, memory, time; write results/parallelism
+	@$(BIN)/python -m experiments.parallelism $(PARALLELISM_ARGS)
 
 absent: $(READY_ABSENT) ## Compile the step for TPUs and GPUs that are not here, and count what is in it
 	@$(BIN)/python -m experiments.absent $(ABSENT_ARGS)

@@ -11,6 +11,7 @@ The pieces, each of which knows only those above it:
     measured    seconds of a step, of two processes that have a core each
     published   simulated ratios of throughput beside published ones
     schedules   what every schedule costs: of stages on their own, and of stages in step
+    settings    what can be asked for
     finding     what the record says, in words
     report      tables
     figures     pictures

@@ -22,9 +22,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -32,118 +33,19 @@ import numpy as np
 import tpmlp
 from experiments.bench.machine import describe_machine
 from experiments.bench.settings import make_folder
-from experiments.command import INTERRUPTED, SettingError, parse, refuse, require
+from experiments.command import INTERRUPTED, SettingError, parse, refuse
 from experiments.parallelism import measured, modelled, published, schedules
-from experiments.parallelism.chips import CHIPS, ChipName
+from experiments.parallelism.chips import CHIPS
 from experiments.parallelism.counted import count
 from experiments.parallelism.figures import figures
 from experiments.parallelism.finding import finding
 from experiments.parallelism.modelled import Link, Problem
 from experiments.parallelism.report import tables
-from experiments.parallelism.ways import CHUNKS, ways
+from experiments.parallelism.settings import Config, Part
+from experiments.parallelism.ways import ways
 from experiments.record import save_json
 
-Part = Literal["counted", "modelled", "measured", "schedules", "published"]
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Config:
-    """Compare tensor parallel, pipeline parallel and mixtures.
-
-    Attributes:
-        parts: what to do; the others are kept from an earlier run in OUT.
-        devices: numbers of devices, M, each a power of two.
-        microbatches: m of what is counted and modelled, a multiple of every M.
-        width: d of the model that is compiled.
-        layers: its layers, at least two for each device.
-        batch_size: its samples.
-        chip: A100 or H100, whose rate and links are modelled.
-        model_width: d of the model whose time is modelled.
-        model_layers: its layers.
-        model_batch_size: its samples, of a token each.
-        bandwidths: number of links that are modelled, from 1 GB/s to 10 TB/s.
-        most_microbatches: the turning point is modelled for m = 1, 2, 4 ... up to this.
-        latency_s: of a collective or a message, modelled.
-        measured_width: d of the model whose time is measured.
-        measured_layers: its layers.
-        measured_batch_size: its samples.
-        measured_microbatches: its m.
-        rounds: how often each way is timed.
-        out: folder for parallelism.json and the figures.
-    """
-
-    parts: tuple[Part, ...] = get_args(Part)
-    devices: tuple[int, ...] = (2, 4, 8)
-    microbatches: int = 16
-    width: int = 512
-    layers: int = 16
-    batch_size: int = 1024
-    chip: ChipName = "A100"
-    model_width: int = 8192
-    model_layers: int = 64
-    model_batch_size: int = 8192
-    bandwidths: int = 41
-    most_microbatches: int = 32
-    latency_s: float = 1e-5
-    measured_width: int = 1024
-    measured_layers: int = 16
-    measured_batch_size: int = 512
-    measured_microbatches: int = 8
-    rounds: int = 7
-    out: Path = Path("results/parallelism")
-
-    def __post_init__(self) -> None:
-        for name in ("bandwidths", "most_microbatches", "rounds", *self._sizes):
-            value = getattr(self, name)
-            require(value >= 1, f"{name} must be at least 1", "Use 1 or more.", **{name: value})
-        require(
-            bool(self.devices) and all(m in (2, 4, 8) for m in self.devices),
-            "devices must be one number or more of 2, 4 and 8",
-            "Use for example 2 4 8.",
-            devices=self.devices,
-        )
-        require(
-            0 <= self.latency_s < math.inf,
-            "latency_s must be a finite number, at least 0",
-            "Use 0 for none.",
-            latency_s=self.latency_s,
-        )
-        most = max(self.devices)
-        self._check_divides(most, "microbatches", "width", "model_width")
-        self._check_divides(self.microbatches, "batch_size", "model_batch_size")
-        self._check_divides(2, "measured_width", "measured_microbatches")
-        self._check_divides(self.measured_microbatches, "measured_batch_size")
-        self._check_divides(self.most_microbatches, "model_batch_size")
-        for name, chunks in (("layers", most), ("model_layers", most), ("measured_layers", 2)):
-            layers, least = getattr(self, name), chunks * CHUNKS["interleaved"]
-            require(
-                layers >= least,
-                f"{name} must be at least {least}, one for each chunk of a stage",
-                f"Use {least} or more.",
-                **{name: layers},
-            )
-
-    @property
-    def _sizes(self) -> tuple[str, ...]:
-        names = ("microbatches", "width", "layers", "batch_size")
-        others = [f"{kind}_{name}" for kind in ("model", "measured") for name in names[1:]]
-        return (*names, *others, "measured_microbatches")
-
-    def _check_divides(self, divisor: int, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            require(
-                value % divisor == 0,
-                f"{name} must be a multiple of {divisor}, for equal parts",
-                f"Use {max(divisor, value // divisor * divisor)}.",
-                **{name: value},
-            )
-
-    @property
-    def path(self) -> Path:
-        """The record."""
-        return self.out / "parallelism.json"
 
 
 def measure(config: Config, record: Record) -> None:
@@ -156,10 +58,8 @@ def measure(config: Config, record: Record) -> None:
     for part in config.parts:
         say(part)
         record |= PARTS[part](config, say)
-        # Written whole or not at all, so that Ctrl-C leaves no half of a file.
-        beside = config.path.with_suffix(".new")
-        save_json(beside, record, time.perf_counter() - began)
-        os.replace(beside, config.path)
+        seconds = time.perf_counter() - began
+        save(config.path, partial(save_json, result=record, seconds=seconds))
 
 
 def measure_counted(config: Config, say: Callable[[str], None]) -> Record:
@@ -217,7 +117,10 @@ def measure_measured(config: Config, say: Callable[[str], None]) -> Record:
         item_bytes=4,
     )
     found = measured.measure(
-        problem, microbatches=config.measured_microbatches, rounds=config.rounds
+        problem,
+        ways(measured.NUM_PROCESSES),
+        microbatches=config.measured_microbatches,
+        rounds=config.rounds,
     )
     if found["load_1min_before"] > 1:
         say(f"others were busy: load {found['load_1min_before']}; rounds spread, see the figure")
@@ -242,16 +145,18 @@ def prepare(config: Config) -> Record:
     """
     tpmlp.simulate_devices(max(8, *config.devices))
     make_folder(config.out)
-    record: Record = {}
-    if set(config.parts) != {*get_args(Part)}:
-        require(
-            config.path.exists(),
-            "a record must be there to keep the other parts of",
-            "Run make parallelism without --parts first.",
-            path=config.path,
-        )
-        record = json.loads(config.path.read_text(encoding="utf-8"))
+    record = config.earlier()
     return {**record, "config": asdict(config), "machine": describe_machine()}
+
+
+def save(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file whole or not at all, so that Ctrl-C leaves no half of one."""
+    beside = path.with_stem(f".{path.stem}")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def report(config: Config) -> None:
@@ -261,8 +166,8 @@ def report(config: Config) -> None:
         print(f"\n{title}\n\n{text}")
     with mpl.rc_context({"svg.hashsalt": "tpmlp"}):
         for name, figure in figures(record).items():
-            figure.savefig(config.out / f"{name}.png", dpi=120)
-            figure.savefig(config.out / f"{name}.svg")
+            save(config.out / f"{name}.png", partial(figure.savefig, dpi=120))
+            save(config.out / f"{name}.svg", figure.savefig)
     print("\nFound\n")
     for sentence in finding(record):
         print(f"- {sentence}")
@@ -278,10 +183,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return refuse(error)
     try:
         measure(config, record)
+        report(config)
     except KeyboardInterrupt:
-        print("interrupted: --parts goes on with the parts that are missing.", file=sys.stderr)
+        print("interrupted: no file is left half written.", file=sys.stderr)
         return INTERRUPTED
-    report(config)
     return 0
 
 

@@ -104,9 +104,10 @@ def plot_modelled(record: Record) -> Figure:
     rows = record["modelled"]
     devices = each_devices(rows)
     figure = Figure(figsize=(11, 9.5), layout="constrained")
-    *times, turning = figure.subplots(2, (len(devices) + 2) // 2, squeeze=False).flat[
-        : len(devices) + 1
-    ]
+    grid = list(figure.subplots(2, (len(devices) + 2) // 2, squeeze=False).flat)
+    times, turning, unused = grid[: len(devices)], grid[len(devices)], grid[len(devices) + 1 :]
+    for axes in unused:
+        axes.remove()
     for axes, number in zip(times, devices, strict=True):
         _times(axes, record, [row for row in rows if row["devices"] == number], number)
     _turning(turning, record)

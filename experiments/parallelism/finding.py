@@ -90,11 +90,12 @@ def of_reason(record: Record) -> str:
         if row["schedule"] == "1f1b" and row["bytes_per_s"]
     ]
     bubbles = listed([f"{(n - 1) / m:.0%}" for n in devices])
+    found = f"{min(ratios):.2f} to {max(ratios):.2f} of it" if ratios else "it never turns"
     theory = 2 * m * link["flops_per_s"] / (3 * config["model_width"]) / GIGABYTE
     return (
         f"Why: 1F1B waits (M - 1) / m of its products, {bubbles}; tensor parallel's bytes, too, "
         f"grow as M - 1 of them. So the turning point is 2 m R / (3 d) = {theory:.0f} GB/s for "
-        f"1F1B whatever M is (modelled, {min(ratios):.2f} to {max(ratios):.2f} of it), and 3 "
+        f"1F1B whatever M is (modelled, {found}), and 3 "
         f"times that for ZB-H1, which waits a third. Fewer microbatches, wider layers and slower "
         f"devices help tensor parallel; with one microbatch only one stage works at a time."
     )

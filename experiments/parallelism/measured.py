@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 from experiments.bench.machine import describe_machine
 from experiments.parallelism.modelled import Link, Problem, step_s
 from experiments.parallelism.process import FEW, MANY, Answer, Order, product_shape
-from experiments.parallelism.ways import ways
+from experiments.parallelism.ways import Way
 from experiments.parallelism.work import FLOAT_BYTES
 
 LIMIT_S = 600
@@ -39,9 +40,10 @@ def obstacle() -> str | None:
     return None
 
 
-def measure(problem: Problem, *, microbatches: int, rounds: int) -> dict[str, Any]:
+def measure(
+    problem: Problem, spread: Sequence[Way], *, microbatches: int, rounds: int
+) -> dict[str, Any]:
     """Return seconds of a step of each way to use two devices, and what the model says of them."""
-    spread = ways(NUM_PROCESSES)
     before = describe_machine()["load_1min"]
     order = Order(
         width=problem.width,
@@ -91,14 +93,14 @@ def _run(order: Order) -> list[Answer]:
     # On simulated devices XLA's products would take every core that is there.
     environment = {**os.environ, "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
     environment |= {"OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         order.write(Path(folder) / "order.json")
         logs = [Path(folder) / f"errors-{rank}.txt" for rank in range(NUM_PROCESSES)]
         ranks = [
             subprocess.Popen(
                 [*command, str(rank), folder],
                 stdout=subprocess.DEVNULL,
-                stderr=log.open("w", encoding="utf-8"),
+                stderr=stack.enter_context(log.open("w", encoding="utf-8")),
                 env=environment,
             )
             for rank, log in enumerate(logs)

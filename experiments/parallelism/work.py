@@ -81,8 +81,9 @@ def work(
         products = Amount(flops(model, batch_size) / way.x)
         return Work(once=products + _moved(summary.collectives, item_bytes))
     placement: Any = model.place(way.mesh, strategy)
+    given: Any = {"batch_size": batch_size, "dtype": "float32", "loss": None}
     busiest = max(
-        (stage_collectives(placement, s, batch_size=batch_size) for s in range(way.stage)),
+        (stage_collectives(placement, stage, **given) for stage in range(way.stage)),
         key=total_bytes,
     )
     ends = [row for row in busiest if row.axes == ("stage",)]
@@ -91,7 +92,9 @@ def work(
     return Work(
         once=_moved(ends, item_bytes),
         schedule=placement.schedule,
-        tasks=_Stages(way, model, placement, batch_size, item_bytes).tasks(),
+        tasks=_Stages(
+            model, placement, Tasks(placement, **given), batch_size // microbatches, item_bytes
+        ).tasks(),
         message=Amount(bytes=one * item_bytes, collectives=1),
         tick=Amount(bytes=moves * one * item_bytes, collectives=moves),
     )
@@ -105,17 +108,25 @@ def flops(model: tpmlp.MLP, batch_size: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Stages:
-    """The tasks of a pipeline's stages."""
+    """The tasks of a pipeline's stages.
 
-    way: Way
+    Attributes:
+        model: the model.
+        placement: of its layers.
+        costs: collectives of each task of a layer.
+        rows: samples of a microbatch.
+        item_bytes: of every number that moves.
+    """
+
     model: tpmlp.MLP
     placement: Any
-    batch_size: int
+    costs: Tasks
+    rows: int
     item_bytes: int
 
     def tasks(self) -> dict[str, tuple[Amount, ...]]:
         """Return the mean task of each kind and stage."""
-        stages = range(self.way.stage)
+        stages = range(self.placement.schedule.num_stages)
         return {kind: tuple(self.task(stage, kind) for stage in stages) for kind in "FBW"}
 
     def task(self, stage: int, kind: str) -> Amount:
@@ -137,12 +148,10 @@ class _Stages:
 
     def layer(self, l: int, kinds: str) -> Amount:
         """Return F, B and W of a layer and a microbatch, as said."""
-        rows = self.batch_size // self.placement.strategy.microbatches
-        costs = Tasks(self.placement, batch_size=self.batch_size, dtype="float32", loss=None)
         # A stage has layers of its own: the first, slots, which are alike, and the last.
-        own = {1: 1, len(self.model.widths) - 1: len(costs.shapes)}.get(l, 2)
-        products = Amount(_flops(self.model, l, kinds, rows) / self.way.x)
-        return products + _moved(costs.layer(own, kinds), self.item_bytes)
+        own = {1: 1, len(self.model.widths) - 1: len(self.costs.shapes)}.get(l, 2)
+        flops = _flops(self.model, l, kinds, self.rows) / self.placement.sizes["x"]
+        return Amount(flops) + _moved(self.costs.layer(own, kinds), self.item_bytes)
 
 
 def _flops(model: tpmlp.MLP, l: int, kinds: str, rows: int) -> float:
