@@ -226,10 +226,19 @@ def _links(axes: Axes, record: Record, *, vertical: bool) -> None:
 
 def plot_measured(record: Record) -> Figure:
     """Draw every round of every way, with what the model says of these two processes."""
-    measured = record["measured"]
-    rows = measured["rows"]
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
-    axes = figure.add_subplot()
+    runs = record["measured"]
+    figure = Figure(figsize=(9, 1.4 + 3.2 * len(runs)), layout="constrained")
+    panels = list(figure.subplots(len(runs), squeeze=False).flat)
+    for axes, run in zip(panels, runs, strict=True):
+        _rounds(axes, run["rows"])
+        axes.set_title(f"m = {run['microbatches']}", fontsize=10)
+    panels[-1].set_xlabel("way to use two processes, each with a core and a thread")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.suptitle(textwrap.fill(of_measured(record), 105), fontsize="medium")
+    return figure
+
+
+def _rounds(axes: Axes, rows: Sequence[Row]) -> None:
     places = range(len(rows))
     axes.bar(places, [r["median_s"] for r in rows], alpha=0.5, label="median, measured")
     for place, row in zip(places, rows, strict=True):
@@ -241,12 +250,7 @@ def plot_measured(record: Record) -> Figure:
         ("predicted_asynchronous_s", "_", "modelled, a process a stage"),
     ):
         values = [row[name] for row in rows]
-        axes.plot(places, values, marker, color="black", markersize=9, label=label)
+        axes.plot(places, values, marker, color="black", markersize=8, label=label)
     axes.set_xticks(places, [row["way"] for row in rows])
     axes.set_ylabel("seconds of a step")
-    axes.set_xlabel("way to use two processes, each with a core and a thread")
     axes.set_ylim(0, None)
-    axes.legend(fontsize=8, loc="upper left", ncols=2)
-    axes.set_ylim(0, 1.25 * axes.get_ylim()[1])
-    figure.suptitle(textwrap.fill(of_measured(record), 100), fontsize="medium")
-    return figure

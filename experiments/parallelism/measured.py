@@ -4,8 +4,9 @@ On simulated devices an idle stage costs nothing, as they share cores: here it d
 compiled and warmed, then run in turns, so that whatever else the machine does meets them alike.
 
 In the same rounds the processes time what the model needs: a product of the shape that each way
-has, and gathers of few and of many bytes. With their medians the model says, in lockstep, what a
-step should take.
+has, a sum of two gradients, and gathers of few and of many bytes. With their medians the model
+says, in lockstep, what a step should take. To it comes what the executor does besides: in every
+tick it adds a gradient, or zeros, to the sum of every layer of a stage, as a branch would copy it.
 """
 
 import math
@@ -63,6 +64,8 @@ def measure(
         rate = 2 * math.prod(size) / statistics.median(_slower(answers, "products", i))
         taken = problem.work(way, microbatches)
         predicted = step_s(taken, replace(link, flops_per_s=rate))
+        added = num_sums(problem, way, microbatches)
+        sums_s = added * statistics.median(_slower(answers, "sums", i))
         seconds = _slower(answers, "steps", i)
         rows.append(
             {
@@ -70,16 +73,26 @@ def measure(
                 "seconds": seconds,
                 "median_s": statistics.median(seconds),
                 "flops_per_s": rate,
-                "predicted_s": predicted["lockstep_s"],
+                "sums_s": sums_s,
+                "predicted_s": predicted["lockstep_s"] + sums_s,
                 "predicted_asynchronous_s": predicted["asynchronous_s"],
             }
         )
     return {
+        "microbatches": microbatches,
         "rows": rows,
         "bytes_per_s": link.bytes_per_s,
         "latency_s": link.latency_s,
         "load_1min_before": before,
     }
+
+
+def num_sums(problem: Problem, way: Way, microbatches: int) -> int:
+    """Return how many gradients of a layer a step adds up: of every slot, in every tick."""
+    if way.schedule is None:
+        return 0
+    placement: Any = problem.model.place(way.mesh, way.strategy(microbatches))
+    return placement.schedule.num_ticks * placement.stages.num_slots
 
 
 def _slower(answers: Sequence[Answer], name: str, index: int) -> list[float]:

@@ -73,11 +73,13 @@ class Answer:
     Attributes:
         steps: seconds of a step of each way, round by round.
         products: of one product as each way has them.
+        sums: of one gradient of a layer that is added to another, likewise.
         gathers: of a gather of few bytes, and of one of many.
     """
 
     steps: list[list[float]]
     products: list[list[float]]
+    sums: list[list[float]]
     gathers: list[list[float]]
 
     @classmethod
@@ -94,6 +96,7 @@ def main(rank: int, folder: Path) -> None:
     runs: dict[str, list[Run]] = {
         "steps": [step(way, order) for way in ways],
         "products": [product(way, order) for way in ways],
+        "sums": [gradient_sum(way, order) for way in ways],
         "gathers": [gather(size) for size in (FEW, MANY)],
     }
     seconds: dict[str, list[list[float]]] = {name: [[] for _ in runs[name]] for name in runs}
@@ -137,6 +140,13 @@ def product(way: Way, order: Order) -> Run:
     W, h = jnp.ones((num_out, num_in), jnp.float32), jnp.ones((num_in, rows), jnp.float32)
     matmul = jax.jit(jnp.matmul)
     return warm(lambda: matmul(W, h))
+
+
+def gradient_sum(way: Way, order: Order) -> Run:
+    """Return an addition of two gradients of a layer, as they are on one device."""
+    dW = jnp.ones((order.width // way.x, order.width), jnp.float32)
+    add = jax.jit(jnp.add)
+    return warm(lambda: add(dW, dW))
 
 
 def product_shape(way: Way, width: int, batch_size: int, microbatches: int) -> tuple[int, int, int]:

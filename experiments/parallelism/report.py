@@ -28,8 +28,8 @@ def tables(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         m = record["config"]["microbatches"]
         points = [row for row in record["turning"] if row["microbatches"] == m]
         yield f"modelled: tensor parallel is faster above, m = {m}", turning(points)
-    if record.get("measured"):
-        yield "measured: M = 2, a core each", measured(record["measured"]["rows"])
+    for run in record.get("measured") or []:
+        yield f"measured: M = 2, a core each, m = {run['microbatches']}", measured(run["rows"])
     if record.get("schedules"):
         title = "schedules, in mean tasks of a whole stage: p = {}, m = {}".format(*SHOWN)
         yield title, schedules(record["schedules"])
@@ -116,6 +116,7 @@ def measured(rows: Iterable[Row]) -> str:
             f"{1e3 * min(row['seconds']):.0f}",
             f"{1e3 * max(row['seconds']):.0f}",
             f"{1e3 * row['predicted_s']:.0f}",
+            f"{1e3 * row['sums_s']:.0f}",
             f"{1e3 * row['predicted_asynchronous_s']:.0f}",
             f"{row['flops_per_s'] / 1e9:.0f}",
         )
@@ -127,6 +128,7 @@ def measured(rows: Iterable[Row]) -> str:
         "least",
         "most",
         "modelled, in step",
+        "of that sums",
         "modelled, a process a stage",
         "GFLOP/s of a product",
     )

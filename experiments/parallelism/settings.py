@@ -61,7 +61,7 @@ class Config:
         measured_width: d of the model whose time is measured.
         measured_layers: its layers.
         measured_batch_size: its samples.
-        measured_microbatches: its m.
+        measured_microbatches: numbers of its microbatches, m.
         rounds: how often each way is timed.
         out: folder for parallelism.json and the figures.
     """
@@ -79,11 +79,11 @@ class Config:
     bandwidths: int = 41
     most_microbatches: int = 32
     latency_s: float = 1e-5
-    measured_width: int = 1024
+    measured_width: int = 512
     measured_layers: int = 16
-    measured_batch_size: int = 512
-    measured_microbatches: int = 8
-    rounds: int = 7
+    measured_batch_size: int = 4096
+    measured_microbatches: tuple[int, ...] = (2, 8)
+    rounds: int = 5
     out: Path = Path("results/parallelism")
 
     def __post_init__(self) -> None:
@@ -105,8 +105,16 @@ class Config:
         most = max(self.devices)
         self._check_divides(most, "microbatches", "width", "model_width")
         self._check_divides(self.microbatches, "batch_size", "model_batch_size")
-        self._check_divides(2, "measured_width", "measured_microbatches")
-        self._check_divides(self.measured_microbatches, "measured_batch_size")
+        self._check_divides(2, "measured_width")
+        require(
+            bool(self.measured_microbatches)
+            and all(m >= 2 and m % 2 == 0 for m in self.measured_microbatches),
+            "measured_microbatches must be one number or more, each a multiple of 2",
+            "Use for example 2 8.",
+            measured_microbatches=self.measured_microbatches,
+        )
+        for m in self.measured_microbatches:
+            self._check_divides(m, "measured_batch_size")
         self._check_divides(self.most_microbatches, "model_batch_size")
         for name, chunks in (("layers", most), ("model_layers", most), ("measured_layers", 2)):
             layers, least = getattr(self, name), chunks * CHUNKS["interleaved"]
@@ -121,7 +129,7 @@ class Config:
     def _sizes(self) -> tuple[str, ...]:
         names = ("microbatches", "width", "layers", "batch_size")
         others = [f"{kind}_{name}" for kind in ("model", "measured") for name in names[1:]]
-        return (*names, *others, "measured_microbatches")
+        return (*names, *others)
 
     def _check_divides(self, divisor: int, *names: str) -> None:
         for name in names:

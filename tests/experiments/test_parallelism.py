@@ -209,9 +209,16 @@ def test_two_processes_time_every_way_in_every_round():
         # A step has 11 products or more of this size.
         product_s = 2 * 16 * 16 * 8 / 2 / row["flops_per_s"]
         assert row["median_s"] > product_s > 0
-    text = of_measured({"measured": found})
+    text = of_measured({"measured": [found]})
     assert f"tensor parallel takes {found['rows'][0]['median_s']:.2f} s" in text
-    assert plot_measured({"measured": found}).axes
+    assert plot_measured({"measured": [found]}).axes
+
+
+def test_a_step_adds_up_every_layer_of_a_stage_in_every_tick():
+    problem = Problem(width=16, layers=8, batch_size=8, item_bytes=4)
+    # 3 (2 + 2 - 1) ticks; of four layers of a stage three are interior.
+    assert measured.num_sums(problem, Way(2, 1, "1f1b"), 2) == 9 * 3
+    assert measured.num_sums(problem, Way(1, 2), 2) == 0
 
 
 def test_what_was_found_is_said_in_the_numbers_of_the_record(written):
@@ -231,6 +238,7 @@ def test_what_was_found_is_said_in_the_numbers_of_the_record(written):
             ["--layers", "8"],
             "layers must be at least 16, one for each chunk of a stage: got layers",
         ),
+        (["--measured-microbatches", "3"], "each a multiple of 2: got measured_microbatches=(3,)"),
         (["--rounds", "0"], "rounds must be at least 1: got rounds=0"),
         (["--latency-s", "-1"], "latency_s must be a finite number, at least 0: got latency_s=-1"),
         (["--parts", "published"], "a record must be there to keep the other parts of: got path="),
