@@ -26,9 +26,9 @@ from experiments.parallelism.ways import LOSS, Way
 Run = Callable[[], Any]
 
 # Numbers of a gather: few, for latency, and many, for bandwidth.
-FEW, MANY = 2**8, 2**22
+FEW, MANY = 2**8, 2**20
 # What is short is timed more often in a round.
-PROBES = 5
+PROBES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
