@@ -7,8 +7,12 @@ The first and the last layer have widths of their own. Those between are *interi
 so that the k-th of each stage can be one array [stages, d, d], split over the stages. A chunk has
 as many such *slots* as the largest virtual stage has interior layers; where one has fewer, the
 slots at its end are empty, zeros that nothing reads.
+
+Of a graph whose blocks repeat, all blocks are interior: what comes before them and after is no
+block.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -17,50 +21,19 @@ from tpmlp.pipeline.route import Route
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stages:
-    """The layers of each stage; layers count from 1, slots from 0.
+class Slots(ABC):
+    """Where each of what repeats is: interior layers, or blocks; slots count from 0.
 
     Attributes:
-        num_layers: the number of W_l.
         route: how chunks lie on the stages.
-
-    Raises:
-        ValueError: fewer layers than virtual stages.
-
-    Examples:
-        >>> stages = Stages(num_layers=9, route=Route(num_stages=2, num_chunks=2))
-        >>> stages.pieces, stages.slots_per_chunk
-        (((1, 2, 3), (4, 5), (6, 7), (8, 9)), 2)
-        >>> [[stages.layer_in(slot, stage) for slot in range(4)] for stage in range(2)]
-        [[2, 3, 6, 7], [4, 5, 8, None]]
     """
 
-    num_layers: int
     route: Route
 
-    def __post_init__(self) -> None:
-        p, v = self.route.num_stages, self.route.num_chunks
-        if self.num_layers < p * v:
-            raise ValueError(
-                f"model must have at least one layer for each chunk of each stage: got "
-                f"num_layers={self.num_layers}, stage={p}, chunks={v}. Use fewer stages or chunks, "
-                f"or {p * v} layers or more."
-            )
-
-    @cached_property
-    def pieces(self) -> tuple[tuple[int, ...], ...]:
-        """The layers of each virtual stage."""
-        count = self.route.num_virtual_stages
-        each, more = divmod(self.num_layers, count)
-        ends = [0]
-        for i in range(count):
-            ends.append(ends[-1] + each + (i < more))
-        return tuple(tuple(range(start + 1, end + 1)) for start, end in pairwise(ends))
-
-    @cached_property
+    @property
+    @abstractmethod
     def interior(self) -> tuple[tuple[int, ...], ...]:
         """The interior layers of each virtual stage."""
-        return tuple(tuple(l for l in piece if 1 < l < self.num_layers) for piece in self.pieces)
 
     @cached_property
     def slots_per_chunk(self) -> int:
@@ -114,3 +87,85 @@ class Stages:
             for stage in range(p)
         }
         return {l: place for l, place in sorted(found.items(), key=str) if l is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages(Slots):
+    """The layers of each stage; layers count from 1, slots from 0.
+
+    Attributes:
+        num_layers: the number of W_l.
+
+    Raises:
+        ValueError: fewer layers than virtual stages.
+
+    Examples:
+        >>> stages = Stages(num_layers=9, route=Route(num_stages=2, num_chunks=2))
+        >>> stages.pieces, stages.slots_per_chunk
+        (((1, 2, 3), (4, 5), (6, 7), (8, 9)), 2)
+        >>> [[stages.layer_in(slot, stage) for slot in range(4)] for stage in range(2)]
+        [[2, 3, 6, 7], [4, 5, 8, None]]
+    """
+
+    num_layers: int
+
+    def __post_init__(self) -> None:
+        p, v = self.route.num_stages, self.route.num_chunks
+        if self.num_layers < p * v:
+            raise ValueError(
+                f"model must have at least one layer for each chunk of each stage: got "
+                f"num_layers={self.num_layers}, stage={p}, chunks={v}. Use fewer stages or chunks, "
+                f"or {p * v} layers or more."
+            )
+
+    @cached_property
+    def pieces(self) -> tuple[tuple[int, ...], ...]:
+        """The layers of each virtual stage."""
+        return _spread(range(1, self.num_layers + 1), self.route.num_virtual_stages)
+
+    @cached_property
+    def interior(self) -> tuple[tuple[int, ...], ...]:
+        """The interior layers of each virtual stage."""
+        return tuple(tuple(l for l in piece if 1 < l < self.num_layers) for piece in self.pieces)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockStages(Slots):
+    """The blocks of each stage, counted from 0.
+
+    Attributes:
+        num_blocks: how often the block is there.
+
+    Raises:
+        ValueError: fewer blocks than virtual stages.
+
+    Examples:
+        >>> stages = BlockStages(num_blocks=5, route=Route(num_stages=2, num_chunks=2))
+        >>> [[stages.layer_in(slot, stage) for slot in range(4)] for stage in range(2)]
+        [[0, 1, 3, None], [2, None, 4, None]]
+    """
+
+    num_blocks: int
+
+    def __post_init__(self) -> None:
+        p, v = self.route.num_stages, self.route.num_chunks
+        if self.num_blocks < p * v:
+            raise ValueError(
+                f"Repeat must have at least one block for each chunk of each stage: got "
+                f"times={self.num_blocks}, stage={p}, chunks={v}. Use fewer stages or chunks, or "
+                f"times={p * v} or more."
+            )
+
+    @cached_property
+    def interior(self) -> tuple[tuple[int, ...], ...]:
+        """The blocks of each virtual stage."""
+        return _spread(range(self.num_blocks), self.route.num_virtual_stages)
+
+
+def _spread(layers: range, num_pieces: int) -> tuple[tuple[int, ...], ...]:
+    """Cut layers into pieces as even as can be, the longer ones first."""
+    each, more = divmod(len(layers), num_pieces)
+    ends = [0]
+    for i in range(num_pieces):
+        ends.append(ends[-1] + each + (i < more))
+    return tuple(tuple(layers[start:end]) for start, end in pairwise(ends))

@@ -1,0 +1,1 @@
+"""Graphs whose blocks repeat, in a pipeline: cut, placed, and run a part at a time."""
