@@ -50,6 +50,7 @@ __all__ = [
     "turn_in_group",
     "vary_like",
     "zeros",
+    "zeros_of",
 ]
 
 
@@ -319,6 +320,17 @@ def zeros(layout: str, shape: tuple[int, ...], dtype: Any, **axes: str) -> jax.A
         if names
         else jnp.zeros(shape, dtype)
     )
+
+
+def zeros_of(shapes: Any) -> Any:
+    """Return zeros like traced values, from what jax.eval_shape says of them."""
+
+    def make(of: Any) -> jax.Array:
+        names = tuple(sorted(of.manual_axis_type.varying))
+        made = jnp.zeros(of.shape, of.dtype)
+        return lax.pcast(made, names, to="varying") if names else made
+
+    return jax.tree.map(make, shapes)
 
 
 def vary_like(x: jax.Array, other: jax.Array) -> jax.Array:

@@ -26,7 +26,7 @@ from tpmlp.layout import padded
 from tpmlp.losses import get_loss
 from tpmlp.pipeline.network import Pipeline
 from tpmlp.pipeline.placement import PipelinePlacement, place_stages
-from tpmlp.pipeline.staged import Staged, staged_specs, to_stages
+from tpmlp.pipeline.staged import Staged, staged_specs, to_layers, to_stages
 from tpmlp.pipeline.summary import summarize_pipeline
 from tpmlp.placement import (
     ParameterSpec,
@@ -140,6 +140,15 @@ class MLP:
         if isinstance(of, Staged | PipelinePlacement):
             return staged_specs(self.parameters, of.stages)
         return self.parameters
+
+    def staged(self, arrays: Any, placement: Any) -> Any:
+        """Return one (W, b) a layer in the structure that parameters have on their mesh."""
+        is_staged = isinstance(placement, PipelinePlacement)
+        return to_stages(arrays, placement.stages) if is_staged else arrays
+
+    def unstaged(self, params: Any) -> Any:
+        """Return parameters in any such structure as one (W, b) a layer."""
+        return tuple(to_layers(params)) if isinstance(params, Staged) else params
 
     def structured(self, params: Any) -> Any:
         """Return parameters as tuples, or refuse what is not one (W, b) a layer.
@@ -287,9 +296,7 @@ def _drawing(model: MLP, placement: Any, dtype: Any) -> Callable[[jax.Array], An
     widths = tuple(padded(width, placement.num_blocks) for width in model.widths)
 
     def draw(key: jax.Array) -> Any:
-        layers = _draw(model, widths, dtype, key)
-        is_staged = isinstance(placement, PipelinePlacement)
-        return to_stages(layers, placement.stages) if is_staged else layers
+        return model.staged(_draw(model, widths, dtype, key), placement)
 
     return jax.jit(draw, out_shardings=model.shardings(placement))
 

@@ -20,7 +20,7 @@ from tpmlp.losses import Cotangent, Loss, get_loss
 from tpmlp.models import Model, check_model
 from tpmlp.parameters import logical_params
 from tpmlp.pipeline import executor
-from tpmlp.pipeline.network import Pipeline
+from tpmlp.pipeline.network import StageNetwork
 from tpmlp.regularizers import ElementwisePenalty, Regularizer, UserPenalty, get_regularizer
 from tpmlp.strategy import Strategy
 from tpmlp.summary import Summary
@@ -91,7 +91,7 @@ class Objective:
 
     def gradients(self, network: Network, *blocks: Any) -> tuple[kernel.Value, Any]:
         """Return scalars and gradients from one device's blocks, in microbatches."""
-        if isinstance(network, Pipeline):
+        if isinstance(network, StageNetwork):
             return executor.value_and_grad(*blocks, network=network, **self.kernel_arguments)
         if self.placement.strategy.microbatches > 1:
             return kernel.accumulate(*blocks, network=network, **self.kernel_arguments)

@@ -18,8 +18,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpmlp.kernels.cost import NUM_PIECES
 from tpmlp.models import Model
-from tpmlp.pipeline.placement import PipelinePlacement
-from tpmlp.pipeline.staged import Staged, to_layers, to_stages
 from tpmlp.placement import ParameterSpec
 from tpmlp.strategy import Strategy
 
@@ -42,8 +40,7 @@ def to_numpy(model: Model, params: Any) -> Any:
     arrays = jax.tree.map(
         lambda spec, array: spec.logical(_on_host(array)), model.specs(params), params
     )
-    if isinstance(arrays, Staged):
-        return to_layers(arrays)
+    arrays = model.unstaged(arrays)
     return list(arrays) if isinstance(arrays, tuple) else arrays
 
 
@@ -72,8 +69,7 @@ def from_numpy(model: Model, arrays: Any, mesh: Mesh, *, strategy: Strategy | No
         return array
 
     arrays = jax.tree.map(check, model.parameters, arrays)
-    if isinstance(placement, PipelinePlacement):
-        arrays = to_stages(arrays, placement.stages)
+    arrays = model.staged(arrays, placement)
 
     def put(spec: ParameterSpec, array: Any, sharding: NamedSharding) -> Any:
         whole = spec.padded(placement.num_blocks)
@@ -101,7 +97,7 @@ def reshard(model: Model, params: Any, mesh: Mesh, *, strategy: Strategy | None 
     """
     params = _check_padded(model, params)
     placement = model.place(mesh, strategy)
-    if isinstance(params, Staged) or isinstance(placement, PipelinePlacement):
+    if _is_staged(model, params) or _is_staged(model, placement):
         return _restage(model, params, placement, mesh, strategy)
     return jax.tree.map(
         lambda spec, array, sharding: _move(array, spec, placement.num_blocks, sharding),
@@ -109,6 +105,11 @@ def reshard(model: Model, params: Any, mesh: Mesh, *, strategy: Strategy | None 
         params,
         model.shardings(placement),
     )
+
+
+def _is_staged(model: Model, of: Any) -> bool:
+    """Return whether parameters, or those of a placement, have a structure of stages."""
+    return jax.tree.structure(model.specs(of)) != jax.tree.structure(model.parameters)
 
 
 def _restage(model: Any, params: Any, placement: Any, mesh: Mesh, strategy: Any) -> Any:
@@ -125,9 +126,8 @@ def _restaging(model: Any, placement: Any) -> Callable[[Any], Any]:
         return jnp.pad(array, [(0, m - n) for n, m in zip(spec.shape, whole, strict=True)])
 
     def run(params: Any) -> Any:
-        layers = jax.tree.map(pad, model.parameters, logical_params(model, params))
-        is_staged = isinstance(placement, PipelinePlacement)
-        return to_stages(layers, placement.stages) if is_staged else layers
+        arrays = jax.tree.map(pad, model.parameters, logical_params(model, params))
+        return model.staged(arrays, placement)
 
     return jax.jit(run, out_shardings=model.shardings(placement))
 
@@ -135,7 +135,7 @@ def _restaging(model: Any, placement: Any) -> Callable[[Any], Any]:
 def logical_params(model: Model, params: Any) -> Any:
     """Return traced or placed parameters without their padding."""
     arrays = jax.tree.map(lambda spec, array: spec.logical(array), model.specs(params), params)
-    return tuple(to_layers(arrays)) if isinstance(arrays, Staged) else arrays
+    return model.unstaged(arrays)
 
 
 def clear_padding(model: Model, params: Any) -> Any:
@@ -206,7 +206,7 @@ def _check_stages(model: Model, params: Any, placement: Any) -> None:
     if structures[0] != structures[1]:
         stages = [
             f"{of.stages.route.num_stages} stages with {of.stages.route.num_chunks} chunks"
-            if isinstance(of, Staged | PipelinePlacement)
+            if _is_staged(model, of)
             else "no stages"
             for of in (params, placement)
         ]

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from tpmlp.collectives import all_gather, all_reduce, reduce_scatter, transpose
 from tpmlp.graph.kinds import Activation, ActivityL1, LayerNorm, Source, Sum
 from tpmlp.graph.placement import GATHER, WHOLE, GraphPlacement, Node
-from tpmlp.graph.rules import RULES, Given, Rule
+from tpmlp.graph.rules import RULES, Given, Gradients, Rule
 from tpmlp.graph.rules.elementwise import activity_value
 from tpmlp.kernels.execution import Execution, execution
 from tpmlp.kernels.network import param_dtype
@@ -96,13 +96,18 @@ def is_rebuilt(node: Node, placement: GraphPlacement) -> bool:
 
 def kept_names(placement: GraphPlacement) -> frozenset[str]:
     """Return the nodes whose r is kept for the backward pass, recomputation not considered."""
+    nodes = placement.nodes
+    return frozenset(n for n in read_names(placement) if not is_rebuilt(nodes[n], placement))
+
+
+def read_names(placement: GraphPlacement) -> frozenset[str]:
+    """Return the nodes whose r the backward pass reads, kept or built again."""
     program = [node for node in placement.program if not isinstance(node.kind, Source)]
     needed = {name for node in program for name in reads(node)}
     for node in reversed(program):
         if node.name in needed and is_rebuilt(node, placement):
             needed |= set(node.inputs)
-    nodes = placement.nodes
-    return frozenset(name for name in needed if not is_rebuilt(nodes[name], placement))
+    return frozenset(needed)
 
 
 def held_names(placement: GraphPlacement) -> frozenset[str]:
@@ -174,6 +179,33 @@ def backward(
     return _Walk(params, inputs, kept, given, placement, reduce).run(g.astype(given.run.total))
 
 
+def backward_inputs(
+    params: Params,
+    inputs: Arrays,
+    kept: Kept,
+    g: jax.Array,
+    given: Given,
+    placement: GraphPlacement,
+) -> Backward:
+    """Walk back as `backward` does, and leave gradients of parameters to `parameter_gradients`."""
+    walk = _Walk(params, inputs, kept, given, placement, reduce=False, trains=False)
+    return walk.run(g.astype(given.run.total))
+
+
+def parameter_gradients(
+    params: Params,
+    inputs: Arrays,
+    kept: Kept,
+    g: Arrays,
+    given: Given,
+    placement: GraphPlacement,
+    *,
+    reduce: bool,
+) -> Params:
+    """Return what `backward_inputs` left out, from the g by node that it found."""
+    return _Walk(params, inputs, kept, given, placement, reduce).train(g)
+
+
 def reduce_gradients(grads: Params, placement: GraphPlacement) -> Params:
     """Sum gradients over the data axis, where the parameters are."""
     run = execution(placement, param_dtype(grads))
@@ -194,10 +226,11 @@ class _Walk:
         given: Given,
         placement: GraphPlacement,
         reduce: bool,
+        trains: bool = True,
     ) -> None:
         self.params, self.inputs, self.given, self.placement = params, inputs, given, placement
         self.values, self.residues = dict(kept.values), dict(kept.residues)
-        self.reduce = reduce
+        self.reduce, self.trains = reduce, trains
         self.parts: dict[str, list[jax.Array]] = {}
         self.rebuilt: Arrays = {}
         self.g: Arrays = {}
@@ -244,17 +277,33 @@ class _Walk:
             self.g[node.name] = g
         if isinstance(node.kind, Source):
             return
-        params, _ = hold((dict(self.params.get(node.owner, {})), g))
-        params, residue = _anew(node, params, self.residues.get(node.name), g)
-        params = _whole(node, params, g, self.given.run, self.placement)
-        result = rule_of(node).backward(node, params, self.reader(node, g), residue, g, self.given)
+        result = self.gradients(node, g)
         for name, part in zip(node.inputs, result.inputs, strict=True):
             if part is not None:
                 self.parts.setdefault(name, []).append(part)
-        self.add(node, result.params)
-        if result.later is not None:
-            self.later.append((node, g, result.later))
-        self.catch_up(node, result.inputs[0])
+        if self.trains:
+            self.add(node, result.params)
+            if result.later is not None:
+                self.later.append((node, g, result.later))
+            self.catch_up(node, result.inputs[0])
+
+    def gradients(self, node: Node, g: jax.Array) -> Gradients:
+        """Apply the backward rule of a node; what is not used of it is not computed."""
+        params, _ = hold((dict(self.params.get(node.owner, {})), g))
+        params, residue = _anew(node, params, self.residues.get(node.name), g)
+        params = _whole(node, params, g, self.given.run, self.placement)
+        return rule_of(node).backward(node, params, self.reader(node, g), residue, g, self.given)
+
+    def train(self, g: Arrays) -> Params:
+        """Return the gradients of parameters, from g of all nodes that use some."""
+        for node in reversed(self.placement.program):
+            if node.owner in self.grads:
+                result = self.gradients(node, g[node.name])
+                self.add(node, result.params)
+                if result.later is not None:
+                    self.add(node, result.later(g[node.name]))
+            self.rebuilt.pop(node.name, None)
+        return self.grads
 
     def in_turn(self, g: jax.Array) -> jax.Array:
         """Return g, not there before the gradients of parameters so far are.

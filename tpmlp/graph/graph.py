@@ -19,11 +19,16 @@ from tpmlp.checks import check_count, check_dtype, check_key
 from tpmlp.graph.draw import draw_graph
 from tpmlp.graph.kinds import Activation
 from tpmlp.graph.network import GraphNetwork
-from tpmlp.graph.placement import GraphPlacement, place_graph
+from tpmlp.graph.pipeline.cut import cut_graph
+from tpmlp.graph.pipeline.network import GraphPipeline
+from tpmlp.graph.pipeline.placement import GraphOnStages, place_graph_stages
+from tpmlp.graph.pipeline.staged import StagedGraph, staged_graph_specs, to_blocks
+from tpmlp.graph.placement import place_graph
 from tpmlp.graph.shape import Parameter, seed_of
 from tpmlp.graph.structure import Structure
 from tpmlp.graph.summary import GraphSummary, summarize_graph
 from tpmlp.losses import get_loss
+from tpmlp.mesh import check_mesh
 from tpmlp.model import HE
 from tpmlp.placement import ParameterSpec
 from tpmlp.regularizers import ElementwisePenalty, get_regularizer
@@ -86,18 +91,25 @@ class Graph(Structure):
         Args:
             of: parameters, or where they are.
         """
+        if isinstance(of, StagedGraph | GraphOnStages):
+            return staged_graph_specs(self, cut_graph(self), self.parameters, of.stages)
         return self.parameters
 
     def place(self, mesh: Mesh, strategy: Strategy | None = None) -> Any:
         """Return where the vertices live on a mesh under a strategy."""
-        return place_graph(self, mesh, strategy)
+        check_mesh(mesh)
+        place = place_graph_stages if mesh.shape["stage"] > 1 else place_graph
+        return place(self, mesh, strategy)
 
     def network(self, placement: Any) -> Any:
         """Return what the engine runs."""
-        return GraphNetwork(placement)
+        of_stages = isinstance(placement, GraphOnStages)
+        return GraphPipeline(placement) if of_stages else GraphNetwork(placement)
 
     def shardings(self, placement: Any) -> Any:
         """Return the sharding of every parameter, in their structure."""
+        if isinstance(placement, GraphOnStages):
+            return placement.shardings
         return {
             owner: {
                 name: placement.sharding(placement.layout(owner, name), owner) for name in arrays
@@ -105,12 +117,23 @@ class Graph(Structure):
             for owner, arrays in self.arrays.items()
         }
 
-    def structured(self, params: Any) -> Params:
+    def staged(self, arrays: Any, placement: Any) -> Any:
+        """Return {vertex: {parameter: array}} in the structure that parameters have on a mesh."""
+        return placement.staged(arrays) if isinstance(placement, GraphOnStages) else arrays
+
+    def unstaged(self, params: Any) -> Any:
+        """Return parameters in any such structure as {vertex: {parameter: array}}."""
+        is_staged = isinstance(params, StagedGraph)
+        return to_blocks(self, cut_graph(self), params) if is_staged else params
+
+    def structured(self, params: Any) -> Any:
         """Return parameters as dictionaries, or refuse what is not one array for each.
 
         Raises:
             ValueError: vertices or parameters that are missing or too many.
         """
+        if isinstance(params, StagedGraph):
+            return self._check_staged(params)
         wanted = {owner: set(arrays) for owner, arrays in self.arrays.items()}
         is_nested = isinstance(params, Mapping) and all(
             isinstance(mine, Mapping) for mine in params.values()
@@ -129,6 +152,19 @@ class Graph(Structure):
                 f"{sorted(got.get(wrong, ()))}. {way_out}"
             )
         return {owner: dict(params[owner]) for owner in wanted}
+
+    def _check_staged(self, params: StagedGraph) -> StagedGraph:
+        """Return parameters of a pipeline, or refuse those of another model."""
+        stages = params.stages
+        wanted = self.specs(params)
+        is_mine = stages.num_blocks == cut_graph(self).repeat.times
+        if not is_mine or jax.tree.structure(wanted) != jax.tree.structure(params):
+            raise ValueError(
+                f"params must be those of {self!r} with {cut_graph(self).repeat.times} blocks: got "
+                f"{len(params.ends)} vertices outside {stages.num_blocks} blocks, on "
+                f"{stages.route.num_stages} stages. They belong to another model."
+            )
+        return params
 
     def init(
         self, key: jax.Array, mesh: Mesh, *, strategy: Strategy | None = None, dtype: Any = None
@@ -204,9 +240,9 @@ class Graph(Structure):
 
 
 @lru_cache(maxsize=16)
-def _drawing(graph: Graph, placement: GraphPlacement, dtype: Any) -> Callable[[jax.Array], Params]:
+def _drawing(graph: Graph, placement: Any, dtype: Any) -> Callable[[jax.Array], Params]:
     def draw(key: jax.Array) -> Params:
-        return {
+        arrays = {
             owner: {
                 name: _draw(
                     jax.random.fold_in(key, seed_of(f"{owner}.{name}")),
@@ -219,6 +255,7 @@ def _drawing(graph: Graph, placement: GraphPlacement, dtype: Any) -> Callable[[j
             }
             for owner, arrays in graph.arrays.items()
         }
+        return graph.staged(arrays, placement)
 
     return jax.jit(draw, out_shardings=graph.shardings(placement))
 

@@ -29,7 +29,6 @@ from tpmlp.placement import (
     OnMesh,
     OutputSpec,
     SampleSpec,
-    check_no_stages,
     check_strategy,
     tensor_axes,
 )
@@ -107,11 +106,13 @@ class GraphPlacement(OnMesh):
         graph: the graph.
         words: "column" or "row" for each vertex with a matrix.
         start: the orientation of the inputs.
+        bound: (owner, mesh axes of its roles g and s) of parameters that lie as others say.
     """
 
     graph: Structure
     words: tuple[tuple[str, str], ...]
     start: Orientation
+    bound: tuple[tuple[str, tuple[str, str]], ...] = ()
 
     @cached_property
     def program(self) -> tuple[Node, ...]:
@@ -127,6 +128,11 @@ class GraphPlacement(OnMesh):
     def output(self) -> Node:
         """The node of the output vertex."""
         return self.nodes[self.graph.output]
+
+    def oriented(self, name: str) -> Orientation:
+        """Return the orientation of what a node gives."""
+        axes, flips = self.nodes[name].axes, self.result_layout(name).startswith("F/g/s")
+        return (axes["g"], axes["s"]) if flips else (axes["s"], axes["g"])
 
     @cached_property
     def roles(self) -> dict[str, str]:
@@ -215,12 +221,12 @@ def place_graph(graph: Structure, mesh: Mesh, strategy: Strategy | None = None) 
         ValueError: a strategy that graphs cannot have, or that the mesh cannot; heads that the
             mesh does not divide.
     """
-    placement = _place(graph, mesh, _check(check_strategy(strategy, mesh)))
-    check_no_stages(placement, "a Graph")
-    return placement
+    return place_part(graph, mesh, check_graph_strategy(strategy, mesh))
 
 
-def _check(strategy: Strategy) -> Strategy:
+def check_graph_strategy(strategy: Strategy | None, mesh: Mesh) -> Strategy:
+    """Return the strategy, Strategy() for None, or refuse what graphs cannot have on the mesh."""
+    strategy = check_strategy(strategy, mesh)
     for name, needed in (("overlap", "none"), ("reduction", "fast")):
         if (value := getattr(strategy, name)) != needed:
             raise ValueError(
@@ -231,7 +237,14 @@ def _check(strategy: Strategy) -> Strategy:
 
 
 @lru_cache(maxsize=64)
-def _place(graph: Structure, mesh: Mesh, strategy: Strategy) -> GraphPlacement:
+def place_part(graph: Structure, mesh: Mesh, strategy: Strategy) -> GraphPlacement:
+    """Return where a graph lives that is all that a device runs, or a part of it.
+
+    Args:
+        graph: the graph.
+        mesh: the mesh; stages of it only pad.
+        strategy: checked.
+    """
     main, other = tensor_axes(mesh)
     _check_heads(graph, mesh)
     free = mesh.shape[other] == 1
@@ -332,7 +345,7 @@ class _Lowering:
         }
         self.nodes: dict[str, Node] = {}
         self.oriented: dict[str, Orientation] = {}
-        self.owned: dict[str, dict[str, str]] = {}
+        self.owned = {owner: {"g": g, "s": s, "d": "data"} for owner, (g, s) in placement.bound}
         for vertex in self.graph.order:
             self.lower(vertex)
 

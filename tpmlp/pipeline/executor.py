@@ -33,7 +33,7 @@ from jax import lax
 from tpmlp.collectives import all_reduce, per_stage, zeros
 from tpmlp.kernels import terms
 from tpmlp.kernels.network import param_dtype
-from tpmlp.kernels.objective import Samples, Value
+from tpmlp.kernels.objective import Samples, Value, by_prediction
 from tpmlp.losses import Loss
 from tpmlp.pipeline.body import Body, only_at
 from tpmlp.pipeline.buffers import NOTHING, B, F, W
@@ -111,8 +111,9 @@ def value_and_grad(
     penalty: ElementwisePenalty | None,
 ) -> tuple[Value, Any]:
     """Compute the loss of a batch and its gradient; as tpmlp.kernels.objective.accumulate."""
-    total = terms.total_weight(weight, network)
-    step = _Step(params, Samples(x, y, weight), total, network, loss)
+    samples = by_prediction(network, x, y, weight)
+    total = terms.total_weight(samples.weight, network)
+    step = _Step(params, samples, total, network, loss)
     rows = columns(network.placement.buffers, step.body.stage)
     carry, _ = lax.scan(step.tick, step.start(), rows)
     sums = all_reduce("K +d+p -> K +d", carry.sums, p="stage", **network.head.axes)
@@ -137,7 +138,7 @@ class _Step:
         self.types, self.dtype = self.body.types, param_dtype(params)
         m = self.schedule.num_microbatches
         self.parts = jax.tree.map(lambda a: a.reshape(m, -1, *a.shape[1:]), samples)
-        self.empty = self.body.empty(self.parts.weight.shape[1])
+        self.empty = self.body.empty(jax.tree.leaves(self.parts.x)[0].shape[1])
         self.no_sums = zeros("K +d+p", (2,), self.types.accumulate, p="stage", **network.head.axes)
 
     def start(self) -> Carry:

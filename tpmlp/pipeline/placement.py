@@ -19,15 +19,34 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tpmlp.layout import partition_spec
 from tpmlp.pipeline.buffers import Buffers, plan_buffers
 from tpmlp.pipeline.generators import make_schedule
+from tpmlp.pipeline.route import Route
 from tpmlp.pipeline.schedule import Schedule
 from tpmlp.pipeline.staged import Pair, Staged
-from tpmlp.pipeline.stages import Stages
+from tpmlp.pipeline.stages import Slots, Stages
 from tpmlp.placement import OnMesh, OutputSpec, Placement, SampleSpec, place_chain
 from tpmlp.strategy import Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
-class PipelinePlacement(OnMesh):
+class StagePlacement(OnMesh):
+    """A model on a mesh with stages, under a strategy.
+
+    Attributes:
+        schedule: the table that a training step runs.
+        stages: which layers, or blocks, are where.
+    """
+
+    schedule: Schedule
+    stages: Slots
+
+    @cached_property
+    def buffers(self) -> Buffers:
+        """What the schedule needs of memory, and what moves when."""
+        return plan_buffers(self.schedule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelinePlacement(StagePlacement):
     """A chain of dense layers on a mesh with stages, under a strategy.
 
     Attributes:
@@ -40,14 +59,8 @@ class PipelinePlacement(OnMesh):
 
     widths: tuple[int, ...]
     bias: bool
-    schedule: Schedule
     stages: Stages
     chain: Placement
-
-    @cached_property
-    def buffers(self) -> Buffers:
-        """What the schedule needs of memory, and what moves when."""
-        return plan_buffers(self.schedule)
 
     @property
     def samples(self) -> SampleSpec:
@@ -131,9 +144,7 @@ def _place(
             f"layers are one array: got widths={widths}, stage={mesh.shape['stage']}. Use for "
             f"example {max(interior)} for all of them, or stage=1."
         )
-    # Where layers are does not depend on when gradients leave.
-    route = replace(schedule.route, splits_backward=True)
-    stages = Stages(num_layers=len(widths) - 1, route=route)
+    stages = Stages(num_layers=len(widths) - 1, route=slots_route(schedule))
     whole = (widths[0], *(widths[1],) * (stages.slots_per_chunk + 1), widths[-1])
     return PipelinePlacement(
         widths=widths,
@@ -167,6 +178,11 @@ def make_schedule_for(mesh: Mesh, strategy: Strategy) -> Schedule:
     return schedule
 
 
+def slots_route(schedule: Schedule) -> Route:
+    """Return the route by which layers lie: whatever it says of when gradients leave."""
+    return replace(schedule.route, splits_backward=True)
+
+
 def _check_strategy(strategy: Strategy) -> None:
     """Refuse what the executor cannot do."""
     needed = {"overlap": "none", "reduction": "fast"}
@@ -176,6 +192,11 @@ def _check_strategy(strategy: Strategy) -> None:
                 f"{name} must be {value!r} on a mesh with stages: got {name}={got!r}. Leave {name} "
                 "out, or use stage=1."
             )
+    check_one_word(strategy)
+
+
+def check_one_word(strategy: Strategy) -> None:
+    """Refuse a layout of a word for each layer."""
     if isinstance(strategy.layout, tuple):
         raise ValueError(
             "layout must be one word on a mesh with stages, where every stage runs the same "

@@ -123,7 +123,7 @@ class Stages(Slots):
         """The layers of each virtual stage."""
         return _spread(range(1, self.num_layers + 1), self.route.num_virtual_stages)
 
-    @cached_property
+    @property
     def interior(self) -> tuple[tuple[int, ...], ...]:
         """The interior layers of each virtual stage."""
         return tuple(tuple(l for l in piece if 1 < l < self.num_layers) for piece in self.pieces)
@@ -157,9 +157,14 @@ class BlockStages(Slots):
             )
 
     @cached_property
-    def interior(self) -> tuple[tuple[int, ...], ...]:
+    def pieces(self) -> tuple[tuple[int, ...], ...]:
         """The blocks of each virtual stage."""
         return _spread(range(self.num_blocks), self.route.num_virtual_stages)
+
+    @property
+    def interior(self) -> tuple[tuple[int, ...], ...]:
+        """All blocks are interior."""
+        return self.pieces
 
 
 def _spread(layers: range, num_pieces: int) -> tuple[tuple[int, ...], ...]:

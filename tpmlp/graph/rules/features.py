@@ -5,12 +5,20 @@ the block of the result that is its own. Backward, each puts its block of g in i
 zeros, and what comes out is summed where the features were: `whole`, transposed.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from tpmlp.collectives import all_gather, block_index, reduce_scatter, turn, vary_like
+from tpmlp.collectives import (
+    all_gather,
+    block_index,
+    reduce_scatter,
+    turn,
+    turn_in_group,
+    vary_like,
+)
 from tpmlp.graph.placement import Node
 from tpmlp.graph.rules.rule import Given, Gradients, Params, Reader, Rule, clear
 from tpmlp.graph.shape import Shape
@@ -22,14 +30,19 @@ Inputs = tuple[jax.Array, ...]
 
 def turned(node: Node, params: Params, inputs: Inputs, given: Given) -> tuple[jax.Array, Any]:
     """Bring an array into the other orientation."""
-    return turn("F/s/g B/d -> F/g/s B/d", inputs[0], **node.axes), None
+    return _move(given)("F/s/g B/d -> F/g/s B/d", inputs[0], **node.axes), None
 
 
 def turned_backward(
     node: Node, params: Params, read: Reader, residue: Any, g: jax.Array, given: Given
 ) -> Gradients:
     """Bring g back."""
-    return Gradients((turn("F/g/s B/d -> F/s/g B/d", g, **node.axes),), {})
+    return Gradients((_move(given)("F/g/s B/d -> F/s/g B/d", g, **node.axes),), {})
+
+
+def _move(given: Given) -> Callable[..., jax.Array]:
+    """Return what turns; where stages are at different tasks, not all devices can meet."""
+    return turn if given.sizes["stage"] == 1 else turn_in_group
 
 
 def whole(node: Node, params: Params, inputs: Inputs, given: Given) -> tuple[jax.Array, Any]:

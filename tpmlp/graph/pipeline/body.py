@@ -1,0 +1,337 @@
+"""One stage of a graph on one device: a tpmlp.pipeline.body.Body.
+
+    F   a block forward                        keeps what the engine keeps, and the message it read
+    B   back through it to the message         leaves g of the vertices that have parameters
+    W   gradients of parameters, from both
+
+Under keep="recompute" F keeps the message alone; B runs the block forward again, and what that
+keeps goes on to W. The ends keep nothing: their passes back run them forward again, in the tick
+that did so first or in the one whose g they take.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tpmlp.collectives import (
+    all_gather,
+    per_stage,
+    reduce_scatter,
+    shift,
+    stage_index,
+    turn_in_group,
+    zeros,
+    zeros_of,
+)
+from tpmlp.graph import engine
+from tpmlp.graph.engine import Arrays, Backward, Forward, Kept, Params
+from tpmlp.graph.pipeline.placement import GraphOnStages
+from tpmlp.graph.pipeline.staged import StagedGraph
+from tpmlp.graph.placement import GraphPlacement, Orientation
+from tpmlp.graph.rules import Given
+from tpmlp.kernels.execution import execution
+from tpmlp.kernels.network import param_dtype
+from tpmlp.pipeline.body import Empty
+
+
+class Deferred(NamedTuple):
+    """What W reads of a block's B.
+
+    Attributes:
+        g: by vertex that uses parameters, laid out as r, in the total type.
+        kept: what the block kept when B ran it again; None where F kept it.
+    """
+
+    g: Arrays
+    kept: Kept | None
+
+
+class Part(NamedTuple):
+    """A part of a graph that reads a message "F/s/g B/d": a block, or the last part.
+
+    Attributes:
+        params: its parameters.
+        placement: it on a stage.
+        given: what its passes are given.
+    """
+
+    params: Params
+    placement: GraphPlacement
+    given: Given
+
+    @property
+    def source(self) -> str:
+        """The name of what it reads."""
+        return self.placement.graph.sources[0].name
+
+    def forward(self, z: jax.Array) -> Forward:
+        """Run it; the message is kept too where the way back reads it."""
+        passed = engine.forward(self.params, {self.source: z.T}, self.given, self.placement)
+        if self.source not in engine.read_names(self.placement):
+            return passed
+        kept = passed.kept
+        return passed._replace(kept=kept._replace(values={**kept.values, self.source: z}))
+
+    def inputs_backward(self, kept: Kept, g: jax.Array) -> Backward:
+        """Go back to the message."""
+        return engine.backward_inputs(self.params, {}, kept, g, self.given, self.placement)
+
+    def gradients(self, kept: Kept, g: Arrays) -> Params:
+        """Return those of the parameters, from g by vertex; summed over data that splits them."""
+        reduce = self.given.run.splits_data
+        return engine.parameter_gradients(
+            self.params, {}, kept, g, self.given, self.placement, reduce=reduce
+        )
+
+
+class GraphOnStage:
+    """A stage's blocks on one device.
+
+    Attributes:
+        placement: where everything is.
+        stages: which block is where.
+        types: of products and sums.
+        stage: this device's stage, known when the program runs.
+        first: parameters of the first part, whole.
+        last: the last part.
+        slots: the blocks.
+    """
+
+    def __init__(self, params: StagedGraph, placement: GraphOnStages) -> None:
+        self.placement, self.stages = placement, placement.stages
+        self.types = execution(placement, param_dtype(params))
+        self.stage = stage_index()
+        self.given = Given(self.types, placement.sizes, words=None, first_sample=0, share=None)
+        ends = {owner: self._whole(owner, mine) for owner, mine in params.ends.items()}
+        cut = placement.cut
+        self.first = {here: ends[owner] for here, owner in cut.first.owners}
+        last = {here: ends[owner] for here, owner in cut.last.owners}
+        self.last = Part(last, placement.last, self.given)
+        self.slots = [
+            Part(jax.tree.map(lambda a: a[0], slot), placement.block, self.given)
+            for slot in params.slots
+        ]
+
+    def empty(self, rows: int) -> Empty:
+        """Return zeros for microbatches of `rows` samples a device."""
+        placement, types = self.placement, self.types
+        source = placement.block.nodes[placement.cut.source]
+        output, head = placement.last.output, {**placement.last.head_axes, "p": "stage"}
+        num_devices = source.num_tensor_devices
+        shape = source.padded_width // num_devices, rows * source.shape.positions
+        message, g = (
+            zeros("F/s/g B/d +p", shape, dtype, **placement.message_axes)
+            for dtype in (types.compute, types.total)
+        )
+        kept, (deferred, _) = self._left(message, g)
+        of_outputs = output.padded_width // num_devices, rows * output.shape.positions
+        slot = self._no_gradients(self.slots[0].params, placement.block)
+        return Empty(
+            message=message,
+            gradient=g,
+            kept=(kept,) * self.stages.slots_per_chunk,
+            deferred=(deferred,) * self.stages.slots_per_chunk,
+            outputs=zeros("C/g/s B/d +p", of_outputs, types.total, **head),
+            grads=(
+                self._no_gradients(self.first, placement.first),
+                *(slot,) * self.stages.num_slots,
+                self._no_gradients(self.last.params, placement.last),
+            ),
+        )
+
+    def enter(self, x: Any) -> jax.Array:
+        """Run the first part."""
+        part = self.placement.first
+        passed = engine.forward(self.first, part.named_inputs(x), self.given, part)
+        return self._leaving(passed, part)
+
+    def forward(self, c: int, z: jax.Array) -> tuple[tuple[Kept, ...], jax.Array]:
+        """Run F of a chunk."""
+        kept = []
+        for k, block in enumerate(self._chunk(c)):
+
+            def there(z: jax.Array, block: Part = block) -> tuple[Kept, jax.Array]:
+                return self._block_forward(block, z)
+
+            def absent(z: jax.Array) -> tuple[Kept, jax.Array]:
+                return zeros_of(jax.eval_shape(there, z))[0], z
+
+            mine, z = self._if_filled(c, k, there, absent, z)
+            kept.append(mine)
+        return tuple(kept), z
+
+    def leave(self, z: jax.Array) -> jax.Array:
+        """Run the last part; its outputs in the type of the parameters."""
+        return self.last.forward(z).output
+
+    def leave_backward(self, z: jax.Array, g: jax.Array) -> jax.Array:
+        """Go back through the last part."""
+        kept = self.last.forward(z).kept
+        return self.last.inputs_backward(kept, g).inputs[self.last.source]
+
+    def backward(
+        self, c: int, kept: tuple[Kept, ...], g: jax.Array
+    ) -> tuple[tuple[Deferred, ...], jax.Array]:
+        """Run B of a chunk."""
+        deferred = []
+        for k, block in reversed(list(enumerate(self._chunk(c)))):
+
+            def there(kept: Kept, g: jax.Array, block: Part = block) -> tuple[Deferred, jax.Array]:
+                return self._block_backward(block, kept, g)
+
+            def absent(kept: Kept, g: jax.Array) -> tuple[Deferred, jax.Array]:
+                return zeros_of(jax.eval_shape(there, kept, g))[0], g
+
+            mine, g = self._if_filled(c, k, there, absent, kept[k], g)
+            deferred.append(mine)
+        return tuple(deferred[::-1]), g
+
+    def first_gradients(self, x: Any, g: jax.Array) -> Params:
+        """Compute those of the first part."""
+        part = self.placement.first
+        inputs = part.named_inputs(x)
+        kept = engine.forward(self.first, inputs, self.given, part).kept
+        g = self._turned(g, self._start, part.oriented(part.graph.output))
+        reduce = self.types.splits_data
+        return engine.backward(self.first, inputs, kept, g, self.given, part, reduce=reduce).grads
+
+    def slot_gradients(self, c: int, k: int, kept: Kept, deferred: Deferred) -> Params:
+        """Run W of a slot."""
+        again = deferred.kept
+        return self._chunk(c)[k].gradients(kept if again is None else again, deferred.g)
+
+    def last_gradients(self, z: jax.Array, g: jax.Array) -> Params:
+        """Compute those of the last part."""
+        kept = self.last.forward(z).kept
+        return self.last.gradients(kept, self.last.inputs_backward(kept, g).g)
+
+    def has(self, c: int, k: int) -> jax.Array | bool:
+        """Return whether this stage has a block in a slot."""
+        counts = [self.stages.count(s, c) for s in range(self.placement.sizes["stage"])]
+        return True if min(counts) > k else jnp.asarray(counts)[self.stage] > k
+
+    def moved_h(self, z: jax.Array, by: int) -> jax.Array:
+        """Return the z that has come from the stage `by` places on, as a chunk takes it in."""
+        return shift("F/s/g B/d", z, "p", by, **self.placement.message_axes) if by else z
+
+    def moved_g(self, g: jax.Array, by: int) -> jax.Array:
+        """Return the g that has come from the stage `by` places on, as B takes it in."""
+        return self.moved_h(g, by)
+
+    def reduced(self, grads: tuple[Params, ...]) -> StagedGraph:
+        """Sum gradients over data, and those of the ends to where they are."""
+        first, *slots, last = grads
+        cut, placement = self.placement.cut, self.placement
+        ends: dict[str, Any] = {}
+        for mine, end, part in (
+            (first, cut.first, placement.first),
+            (last, cut.last, placement.last),
+        ):
+            mine = self._over_data(mine, part)
+            for here, owner in end.owners:
+                both = owner in ends
+                ends[owner] = jax.tree.map(jnp.add, ends[owner], mine[here]) if both else mine[here]
+        return StagedGraph(
+            {owner: self._split(owner, mine) for owner, mine in ends.items()},
+            tuple(
+                jax.tree.map(lambda a: a[None], self._over_data(slot, placement.block))
+                for slot in slots
+            ),
+            self.stages,
+        )
+
+    def _block_forward(self, block: Part, z: jax.Array) -> tuple[Kept, jax.Array]:
+        passed = block.forward(z)
+        kept = Kept({block.source: z}, {}) if self._recomputes else passed.kept
+        return kept, self._leaving(passed, block.placement)
+
+    def _block_backward(self, block: Part, kept: Kept, g: jax.Array) -> tuple[Deferred, jax.Array]:
+        again = block.forward(kept.values[block.source]).kept if self._recomputes else None
+        part = block.placement
+        g = self._turned(g, self._start, part.oriented(part.graph.output))
+        found = block.inputs_backward(kept if again is None else again, g)
+        owners = part.graph.arrays
+        users = {node.name for node in part.program if node.owner in owners}
+        return Deferred({n: found.g[n] for n in users}, again), found.inputs[block.source]
+
+    def _left(self, z: jax.Array, g: jax.Array) -> tuple[Kept, tuple[Deferred, jax.Array]]:
+        """Return zeros like what a block's F and B leave."""
+
+        def run(z: jax.Array, g: jax.Array) -> Any:
+            kept, _ = self._block_forward(self.slots[0], z)
+            return per_stage((kept, self._block_backward(self.slots[0], kept, g)))
+
+        return zeros_of(jax.eval_shape(run, z, g))
+
+    def _leaving(self, passed: Forward, part: GraphPlacement) -> jax.Array:
+        """Return what a part gives as the message that the next one reads."""
+        output = part.graph.output
+        z = self.types.to_compute(passed.values[output])
+        return self._turned(z, part.oriented(output), self._start)
+
+    @cached_property
+    def _start(self) -> Orientation:
+        """The orientation of messages."""
+        return self.placement.block.start
+
+    @property
+    def _recomputes(self) -> bool:
+        return self.placement.strategy.keep == "recompute"
+
+    def _turned(self, array: jax.Array, at: Orientation, wanted: Orientation) -> jax.Array:
+        """Return an array in an orientation."""
+        if at == wanted:
+            return array
+        axes = {"s": at[0], "g": at[1], "d": "data"}
+        return turn_in_group("F/s/g B/d -> F/g/s B/d", array, **axes)
+
+    def _chunk(self, c: int) -> list[Part]:
+        per_chunk = self.stages.slots_per_chunk
+        return self.slots[c * per_chunk : (c + 1) * per_chunk]
+
+    def _if_filled(
+        self, c: int, k: int, there: Callable[..., Any], absent: Callable[..., Any], *args: Any
+    ) -> Any:
+        """Run a block where this stage has one in a slot."""
+        if (has := self.has(c, k)) is True:
+            return there(*args)
+        return lax.cond(
+            has, lambda *a: per_stage(there(*a)), lambda *a: per_stage(absent(*a)), *args
+        )
+
+    def _no_gradients(self, params: Params, part: GraphPlacement) -> Any:
+        """Return zeros like the gradients of a part."""
+        partial, dtype = "+p" if self.types.splits_data else "+d+p", self.types.accumulate
+
+        def zero(owner: str, name: str, array: jax.Array) -> jax.Array:
+            axes = {**part.nodes[owner].axes, "p": "stage"}
+            return zeros(f"{part.layout(owner, name)} {partial}", array.shape, dtype, **axes)
+
+        return {
+            owner: {name: zero(owner, name, array) for name, array in mine.items()}
+            for owner, mine in params.items()
+        }
+
+    def _over_data(self, grads: Params, part: GraphPlacement) -> Params:
+        """Sum gradients over data, where W has not."""
+        return grads if self.types.splits_data else engine.reduce_gradients(grads, part)
+
+    def _whole(self, owner: str, params: Any) -> Arrays:
+        """Return an end's parameters as its part without stages has them."""
+        axes = self.placement.end_axes(owner)
+        return {
+            name: all_gather(" -> ".join(self.placement.end_layouts(owner, name)), array, **axes)
+            for name, array in params.items()
+        }
+
+    def _split(self, owner: str, grads: Any) -> Arrays:
+        """Sum an end's gradients over the stages, where it is held: `_whole`, transposed."""
+        axes, split = self.placement.end_axes(owner), {}
+        for name, array in grads.items():
+            held, used = self.placement.end_layouts(owner, name)
+            split[name] = reduce_scatter(f"{used} +p -> {held}", array, **axes)
+        return split
