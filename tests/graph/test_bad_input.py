@@ -309,7 +309,7 @@ USED: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     ),
     "stages": (
         lambda: tpmlp.value_and_grad(GRAPH, loss="output", mesh=tpmlp.make_mesh(stage=2)),
-        ("without stages", "a Graph", "stage=2", "stage=1"),
+        ("one Repeat", "mesh with stages", "none", "Repeat(name, block", "stage=1"),
     ),
 }
 

@@ -155,14 +155,13 @@ class Graph(Structure):
 
     def _check_staged(self, params: StagedGraph) -> StagedGraph:
         """Return parameters of a pipeline, or refuse those of another model."""
-        stages = params.stages
-        wanted = self.specs(params)
-        is_mine = stages.num_blocks == cut_graph(self).repeat.times
-        if not is_mine or jax.tree.structure(wanted) != jax.tree.structure(params):
+        stages, times = params.stages, cut_graph(self).repeat.times
+        same = jax.tree.structure(self.specs(params)) == jax.tree.structure(params)
+        if stages.num_blocks != times or not same:
             raise ValueError(
-                f"params must be those of {self!r} with {cut_graph(self).repeat.times} blocks: got "
-                f"{len(params.ends)} vertices outside {stages.num_blocks} blocks, on "
-                f"{stages.route.num_stages} stages. They belong to another model."
+                f"params must be those of {times} blocks and what is around them, as the model "
+                f"has: got {stages.num_blocks} blocks, on {stages.route.num_stages} stages, with "
+                f"{', '.join(params.slots[0]) or 'nothing'} in each. They belong to another model."
             )
         return params
 

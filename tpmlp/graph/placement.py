@@ -237,18 +237,21 @@ def check_graph_strategy(strategy: Strategy | None, mesh: Mesh) -> Strategy:
 
 
 @lru_cache(maxsize=64)
-def place_part(graph: Structure, mesh: Mesh, strategy: Strategy) -> GraphPlacement:
+def place_part(
+    graph: Structure, mesh: Mesh, strategy: Strategy, *, reads_message: bool = False
+) -> GraphPlacement:
     """Return where a graph lives that is all that a device runs, or a part of it.
 
     Args:
         graph: the graph.
         mesh: the mesh; stages of it only pad.
         strategy: checked.
+        reads_message: whether its source is another part's output, whose gradient is wanted.
     """
     main, other = tensor_axes(mesh)
     _check_heads(graph, mesh)
     free = mesh.shape[other] == 1
-    words = _words(graph, mesh, strategy)
+    words = _words(graph, strategy, reads_message)
     # One axis: what a "column" reads is split "over other, then main", and other is of size 1.
     start = (other, main)
     if not free and strategy.layout != "auto" and words:
@@ -278,7 +281,9 @@ def matrices(graph: Structure) -> list[Vertex]:
     ]
 
 
-def _words(graph: Structure, mesh: Mesh, strategy: Strategy) -> tuple[tuple[str, str], ...]:
+def _words(
+    graph: Structure, strategy: Strategy, reads_message: bool
+) -> tuple[tuple[str, str], ...]:
     names = [vertex.name for vertex in matrices(graph)]
     layout = strategy.layout
     if isinstance(layout, tuple):
@@ -292,10 +297,10 @@ def _words(graph: Structure, mesh: Mesh, strategy: Strategy) -> tuple[tuple[str,
         return tuple((name, layout) for name in names)
     if layout == "alternate":
         return tuple((name, ("column", "row")[i % 2]) for i, name in enumerate(names))
-    return tuple((name, _fewest_words(graph, name)) for name in names)
+    return tuple((name, _fewest_words(graph, name, reads_message)) for name in names)
 
 
-def _fewest_words(graph: Structure, owner: str) -> str:
+def _fewest_words(graph: Structure, owner: str, reads_message: bool) -> str:
     """Choose the word that moves fewer words over one axis; column where it makes no difference.
 
     As in tpmlp.kernels.cost.layer_words; what several dense vertices read is gathered once for all.
@@ -313,7 +318,7 @@ def _fewest_words(graph: Structure, owner: str) -> str:
             column += 0 if wanted != "features" else float("inf")
             continue
         sharing = sum(isinstance(v.kind, Dense) for v in graph.readers(vertex.inputs[0]))
-        first = isinstance(graph[vertex.inputs[0]].kind, Source)
+        first = isinstance(graph[vertex.inputs[0]].kind, Source) and not reads_message
         column += (2 if first else 3) * source.features * made.positions / sharing
         row += 2 * made.features * made.positions
     return "column" if column <= row else "row"

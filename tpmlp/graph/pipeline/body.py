@@ -76,8 +76,8 @@ class Part(NamedTuple):
         kept = passed.kept
         return passed._replace(kept=kept._replace(values={**kept.values, self.source: z}))
 
-    def inputs_backward(self, kept: Kept, g: jax.Array) -> Backward:
-        """Go back to the message."""
+    def backward(self, kept: Kept, g: jax.Array) -> Backward:
+        """Go back to the message; g is of the output."""
         return engine.backward_inputs(self.params, {}, kept, g, self.given, self.placement)
 
     def gradients(self, kept: Kept, g: Arrays) -> Params:
@@ -94,6 +94,7 @@ class GraphOnStage:
     Attributes:
         placement: where everything is.
         stages: which block is where.
+        dtype: of the parameters.
         types: of products and sums.
         stage: this device's stage, known when the program runs.
         first: parameters of the first part, whole.
@@ -103,7 +104,8 @@ class GraphOnStage:
 
     def __init__(self, params: StagedGraph, placement: GraphOnStages) -> None:
         self.placement, self.stages = placement, placement.stages
-        self.types = execution(placement, param_dtype(params))
+        self.dtype = param_dtype(params)
+        self.types = execution(placement, self.dtype)
         self.stage = stage_index()
         self.given = Given(self.types, placement.sizes, words=None, first_sample=0, share=None)
         ends = {owner: self._whole(owner, mine) for owner, mine in params.ends.items()}
@@ -111,6 +113,7 @@ class GraphOnStage:
         self.first = {here: ends[owner] for here, owner in cut.first.owners}
         last = {here: ends[owner] for here, owner in cut.last.owners}
         self.last = Part(last, placement.last, self.given)
+        self._shapes: dict[int, Any] = {}
         self.slots = [
             Part(jax.tree.map(lambda a: a[0], slot), placement.block, self.given)
             for slot in params.slots
@@ -118,24 +121,22 @@ class GraphOnStage:
 
     def empty(self, rows: int) -> Empty:
         """Return zeros for microbatches of `rows` samples a device."""
-        placement, types = self.placement, self.types
-        source = placement.block.nodes[placement.cut.source]
-        output, head = placement.last.output, {**placement.last.head_axes, "p": "stage"}
-        num_devices = source.num_tensor_devices
-        shape = source.padded_width // num_devices, rows * source.shape.positions
-        message, g = (
-            zeros("F/s/g B/d +p", shape, dtype, **placement.message_axes)
-            for dtype in (types.compute, types.total)
+        placement, output = self.placement, self.placement.last.output
+        columns = rows * placement.block.output.shape.positions
+        message, g = self._messages(columns)
+        kept, deferred = self._left(columns)
+        of_outputs = (
+            output.padded_width // output.num_tensor_devices,
+            rows * output.shape.positions,
         )
-        kept, (deferred, _) = self._left(message, g)
-        of_outputs = output.padded_width // num_devices, rows * output.shape.positions
+        head = {**placement.last.head_axes, "p": "stage"}
         slot = self._no_gradients(self.slots[0].params, placement.block)
         return Empty(
             message=message,
             gradient=g,
             kept=(kept,) * self.stages.slots_per_chunk,
             deferred=(deferred,) * self.stages.slots_per_chunk,
-            outputs=zeros("C/g/s B/d +p", of_outputs, types.total, **head),
+            outputs=zeros("C/g/s B/d +p", of_outputs, self.types.total, **head),
             grads=(
                 self._no_gradients(self.first, placement.first),
                 *(slot,) * self.stages.num_slots,
@@ -158,7 +159,7 @@ class GraphOnStage:
                 return self._block_forward(block, z)
 
             def absent(z: jax.Array) -> tuple[Kept, jax.Array]:
-                return zeros_of(jax.eval_shape(there, z))[0], z
+                return self._left(z.shape[1])[0], z
 
             mine, z = self._if_filled(c, k, there, absent, z)
             kept.append(mine)
@@ -166,12 +167,14 @@ class GraphOnStage:
 
     def leave(self, z: jax.Array) -> jax.Array:
         """Run the last part; its outputs in the type of the parameters."""
-        return self.last.forward(z).output
+        # Not .output: a part without parameters knows no type of its own.
+        passed, output = self.last.forward(z), self.placement.last.graph.output
+        return passed.values[output].astype(self.dtype)
 
     def leave_backward(self, z: jax.Array, g: jax.Array) -> jax.Array:
         """Go back through the last part."""
         kept = self.last.forward(z).kept
-        return self.last.inputs_backward(kept, g).inputs[self.last.source]
+        return self.last.backward(kept, g).inputs[self.last.source]
 
     def backward(
         self, c: int, kept: tuple[Kept, ...], g: jax.Array
@@ -184,7 +187,7 @@ class GraphOnStage:
                 return self._block_backward(block, kept, g)
 
             def absent(kept: Kept, g: jax.Array) -> tuple[Deferred, jax.Array]:
-                return zeros_of(jax.eval_shape(there, kept, g))[0], g
+                return self._left(g.shape[1])[1], g
 
             mine, g = self._if_filled(c, k, there, absent, kept[k], g)
             deferred.append(mine)
@@ -207,7 +210,7 @@ class GraphOnStage:
     def last_gradients(self, z: jax.Array, g: jax.Array) -> Params:
         """Compute those of the last part."""
         kept = self.last.forward(z).kept
-        return self.last.gradients(kept, self.last.inputs_backward(kept, g).g)
+        return self.last.gradients(kept, self.last.backward(kept, g).g)
 
     def has(self, c: int, k: int) -> jax.Array | bool:
         """Return whether this stage has a block in a slot."""
@@ -253,19 +256,31 @@ class GraphOnStage:
         again = block.forward(kept.values[block.source]).kept if self._recomputes else None
         part = block.placement
         g = self._turned(g, self._start, part.oriented(part.graph.output))
-        found = block.inputs_backward(kept if again is None else again, g)
-        owners = part.graph.arrays
-        users = {node.name for node in part.program if node.owner in owners}
-        return Deferred({n: found.g[n] for n in users}, again), found.inputs[block.source]
+        found = block.backward(kept if again is None else again, g)
+        users = [node.name for node in part.program if node.owner in part.graph.arrays]
+        return Deferred({name: found.g[name] for name in users}, again), found.inputs[block.source]
 
-    def _left(self, z: jax.Array, g: jax.Array) -> tuple[Kept, tuple[Deferred, jax.Array]]:
-        """Return zeros like what a block's F and B leave."""
+    def _left(self, columns: int) -> tuple[Kept, Deferred]:
+        """Return zeros like what a block's F and B leave of a message."""
 
         def run(z: jax.Array, g: jax.Array) -> Any:
             kept, _ = self._block_forward(self.slots[0], z)
-            return per_stage((kept, self._block_backward(self.slots[0], kept, g)))
+            deferred, _ = self._block_backward(self.slots[0], kept, g)
+            return per_stage((kept, deferred))
 
-        return zeros_of(jax.eval_shape(run, z, g))
+        if columns not in self._shapes:
+            self._shapes[columns] = jax.eval_shape(run, *self._messages(columns))
+        return zeros_of(self._shapes[columns])
+
+    def _messages(self, columns: int) -> tuple[jax.Array, jax.Array]:
+        """Return zeros like z and g of a message."""
+        source = self.placement.block.nodes[self.placement.cut.source]
+        shape = source.padded_width // source.num_tensor_devices, columns
+        z, g = (
+            zeros("F/s/g B/d +p", shape, dtype, **self.placement.message_axes)
+            for dtype in (self.types.compute, self.types.total)
+        )
+        return z, g
 
     def _leaving(self, passed: Forward, part: GraphPlacement) -> jax.Array:
         """Return what a part gives as the message that the next one reads."""

@@ -125,13 +125,15 @@ def place_graph_stages(
 @lru_cache(maxsize=64)
 def _place(graph: Structure, mesh: Mesh, strategy: Strategy) -> GraphOnStages:
     check_one_word(strategy)
+    _check_keep_every(strategy)
     cut, schedule = cut_graph(graph), make_schedule_for(mesh, strategy)
     stages = BlockStages(num_blocks=cut.repeat.times, route=slots_route(schedule))
     # A block is kept whole, or computed again whole: within one, nothing is.
     keep = "shard" if strategy.keep == "recompute" else strategy.keep
     within = replace(strategy, keep=keep, keep_every=None)
-    first, block, last = (
-        place_part(part, mesh, within) for part in (cut.first.graph, cut.block, cut.last.graph)
+    first = place_part(cut.first.graph, mesh, within)
+    block, last = (
+        place_part(part, mesh, within, reads_message=True) for part in (cut.block, cut.last.graph)
     )
     return GraphOnStages(
         mesh=mesh,
@@ -144,6 +146,15 @@ def _place(graph: Structure, mesh: Mesh, strategy: Strategy) -> GraphOnStages:
         block=block,
         last=replace(last, start=block.start, bound=_shared(first, cut.first, cut.last)),
     )
+
+
+def _check_keep_every(strategy: Strategy) -> None:
+    """Refuse to keep fewer messages than one a block."""
+    if strategy.keep_every not in (None, 1):
+        raise ValueError(
+            "keep_every must be 1 for a Graph on a mesh with stages, where the message to each "
+            f"block is kept: got keep_every={strategy.keep_every}. Leave it out, or use stage=1."
+        )
 
 
 def _shared(
