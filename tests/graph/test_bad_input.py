@@ -212,6 +212,12 @@ USED: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         lambda: placed(strategy=tpmlp.Strategy(layout=("row",) * 3)),
         ("3 words", "embedding, logits"),
     ),
+    "padding behind heads": (
+        lambda: attention(num_heads=4).place(
+            tpmlp.make_mesh(data=3, x=2), tpmlp.Strategy(shard_weights=True)
+        ),
+        ('"seen"', "6 blocks", 'width=8 of "x"', "data=3", "shard_weights"),
+    ),
     "heads on a mesh": (
         lambda: attention(num_heads=4).place(tpmlp.make_mesh(x=3)),
         ('"seen"', "num_heads=4", "x=3", "multiple of 3"),

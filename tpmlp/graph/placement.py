@@ -256,7 +256,26 @@ def place_part(
     start = (other, main)
     if not free and strategy.layout != "auto" and words:
         start = (other, main) if words[0][1] == "column" else (main, other)
-    return GraphPlacement(graph=graph, mesh=mesh, strategy=strategy, words=words, start=start)
+    placed = GraphPlacement(graph=graph, mesh=mesh, strategy=strategy, words=words, start=start)
+    _check_head_padding(placed)
+    return placed
+
+
+def _check_head_padding(placement: GraphPlacement) -> None:
+    """Refuse padding behind the heads, which would move all of them but the first."""
+    graph, blocks = placement.graph, placement.num_blocks
+    for vertex in graph.order:
+        if not isinstance(vertex.kind, Attention):
+            continue
+        splits_kv = vertex.kind.splits_kv(placement.sizes["x"] * placement.sizes["y"])
+        for name in vertex.inputs if splits_kv else vertex.inputs[:1]:
+            if (width := graph.shapes[name].features) % blocks:
+                sizes = ", ".join(f"{axis}={size}" for axis, size in placement.sizes.items())
+                raise ValueError(
+                    f'vertex "{vertex.name}" must read heads of a width that the {blocks} blocks '
+                    f'of parameters divide: got width={width} of "{name}", {sizes}. Use a multiple '
+                    f"of {blocks}, or fewer devices on stage, or on data with shard_weights."
+                )
 
 
 def _check_heads(graph: Structure, mesh: Mesh) -> None:
