@@ -3,13 +3,15 @@
 `make test-all` runs this. A failure here alone is of a pair that those do not have.
 """
 
+from typing import Any
+
 import pytest
 
 from tests.pipeline.graph_cases import GRAPHS, Case, check_step
 
 # (data, stage, x, y) and schedules with the chunks and microbatches that they need.
 SIZES = ((1, 2, 2, 2), (1, 4, 2, 1), (2, 2, 1, 2), (1, 3, 1, 2), (1, 2, 4, 1), (2, 4, 1, 1))
-SCHEDULES = (
+SCHEDULES: tuple[dict[str, Any], ...] = (
     {"schedule": "gpipe", "microbatches": 2},
     {"schedule": "1f1b", "microbatches": 4},
     {"schedule": "interleaved", "microbatches": 4, "chunks": 2},
@@ -17,7 +19,13 @@ SCHEDULES = (
     {"schedule": "zb-h2", "microbatches": 4},
     {"schedule": "zb-v", "microbatches": 4},
 )
-FIELDS = ({}, {"keep": "recompute"}, {"keep": "gathered"}, {"layout": "row"}, {"layout": "column"})
+FIELDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"keep": "recompute"},
+    {"keep": "gathered"},
+    {"layout": "row"},
+    {"layout": "column"},
+)
 
 
 def case(number: int, graph: str, sizes: tuple[int, int, int, int]) -> Case:

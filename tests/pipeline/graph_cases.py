@@ -82,7 +82,8 @@ MIXED = tpmlp.Graph(
         Vertex("out", Sum(), "x", "down"),
     ]
 )
-TEXT = transformer_block(16, 3, num_heads=8, num_kv_heads=2, hidden=12)
+# Heads whose width all meshes here divide, as they must.
+TEXT = transformer_block(48, 3, num_heads=8, num_kv_heads=4, hidden=12)
 
 
 def text_model(times: int, *, owner_is_last: bool) -> tpmlp.Graph:
@@ -91,7 +92,7 @@ def text_model(times: int, *, owner_is_last: bool) -> tpmlp.Graph:
     return tpmlp.Graph(
         [
             Vertex("ids", Tokens(3, 11)),
-            Vertex("table", Embedding(16), "ids", share=shares.get("table")),
+            Vertex("table", Embedding(48), "ids", share=shares.get("table")),
             Repeat("blocks", TEXT, "table", times),
             Vertex("norm", RMSNorm(), "blocks"),
             Vertex("logits", Dense(11, bias=False), "norm", share=shares["logits"]),
@@ -120,14 +121,14 @@ GRAPHS = {
     "text of the logits' table": lambda n: text_model(n, owner_is_last=True),
     "pooled text": lambda n: tpmlp.Graph(
         [
-            Vertex("x", Input(16, tokens=3)),
+            Vertex("x", Input(48, tokens=3)),
             Repeat("blocks", TEXT, "x", n),
             Vertex("mean", TokenMean(), "blocks"),
             Vertex("out", Dense(5), "mean"),
         ]
     ),
     "language model": lambda n: language_model(
-        11, 16, 3, num_blocks=n, num_heads=8, num_kv_heads=2, hidden=12
+        11, 48, 3, num_blocks=n, num_heads=8, num_kv_heads=4, hidden=12
     ),
 }
 

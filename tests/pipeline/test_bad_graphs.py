@@ -18,6 +18,7 @@ from tpmlp.graph import (
     Repeat,
     Sum,
     Vertex,
+    language_model,
     residual_mlp_block,
 )
 
@@ -108,6 +109,12 @@ BAD: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "few blocks for chunks": (
         lambda: step(MODEL, schedule="interleaved", chunks=3, microbatches=2),
         ("Repeat", "times=4", "stage=2", "chunks=3", "times=6 or more"),
+    ),
+    "padding behind heads": (
+        lambda: step(
+            language_model(11, 16, 4, num_blocks=3, num_heads=4), mesh=api.make_mesh(stage=3, x=2)
+        ),
+        ('vertex "attention"', "width=16", "stage=3", "x=2", "multiple of 6"),
     ),
     "layout": (lambda: step(MODEL, layout=("row",) * 9), ("layout", "one word", "'auto'")),
     "keep every second": (

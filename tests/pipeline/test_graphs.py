@@ -15,7 +15,19 @@ import pytest
 import tpmlp
 from tests.pipeline.graph_cases import Case, between, check_step
 from tests.tolerances import BFLOAT16_ROUNDOFF, FLOAT64
-from tpmlp.graph import Activation, Dense, Input, Sum, Vertex, language_model
+from tpmlp.graph import (
+    Activation,
+    Dense,
+    Input,
+    Repeat,
+    Sum,
+    Vertex,
+    language_model,
+    residual_mlp_block,
+)
+
+# Of compiled temporaries, as for MLPs (test_memory.py).
+PREDICTED = 1.15
 
 # Every schedule; stages of 2, 3 and 4; one and two tensor axes, data beside them; blocks that the
 # stages divide and do not. every_graph_pipeline.py has more.
@@ -158,3 +170,24 @@ def test_a_language_model_trains_as_without_stages():
     assert history[-1] < history[0]
     for a, b in zip(jax.tree.leaves(staged), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_a_summary_tells_blocks_messages_and_what_a_compiled_step_holds():
+    block, width = residual_mlp_block(256, 512), 256
+    graph = tpmlp.Graph(
+        [
+            Vertex("x", Input(width)),
+            Vertex("in", Dense(width), "x"),
+            Repeat("blocks", block, "in", 3),
+            Vertex("out", Dense(width), "blocks"),
+        ]
+    )
+    mesh, strategy = tpmlp.make_mesh(stage=2, x=2), tpmlp.Strategy(microbatches=4)
+    summary = graph.summary(mesh, batch_size=1024, strategy=strategy)
+    step = tpmlp.value_and_grad(graph, loss="mse", mesh=mesh, strategy=strategy)
+    audit = tpmlp.audit(step.compile(1024))
+    assert 1 / PREDICTED <= audit.temp_bytes / summary.step.total <= PREDICTED
+    moved = [row for row in audit.collectives if row.kind == "ppermute" and "stage" in row.axes]
+    assert sum(row.total_bytes or 0 for row in moved) == summary.message_bytes
+    assert [row.layers for row in summary.stages] == [((0, 1),), ((2,),)]
+    assert "blocks" in str(summary)

@@ -23,10 +23,11 @@ from tpmlp.graph.pipeline.cut import cut_graph
 from tpmlp.graph.pipeline.network import GraphPipeline
 from tpmlp.graph.pipeline.placement import GraphOnStages, place_graph_stages
 from tpmlp.graph.pipeline.staged import StagedGraph, staged_graph_specs, to_blocks
+from tpmlp.graph.pipeline.summary import summarize_graph_pipeline
 from tpmlp.graph.placement import place_graph
 from tpmlp.graph.shape import Parameter, seed_of
 from tpmlp.graph.structure import Structure
-from tpmlp.graph.summary import GraphSummary, summarize_graph
+from tpmlp.graph.summary import summarize_graph
 from tpmlp.losses import get_loss
 from tpmlp.mesh import check_mesh
 from tpmlp.model import HE
@@ -199,7 +200,7 @@ class Graph(Structure):
         loss: Any = None,
         regularizer: Any = None,
         dtype: Any = None,
-    ) -> GraphSummary:
+    ) -> Any:
         """Return what one device holds of every vertex, and what it receives in a step.
 
         Args:
@@ -211,13 +212,18 @@ class Graph(Structure):
             dtype: float32 by default.
 
         Returns:
-            A GraphSummary; print it.
+            A GraphSummary, on a mesh with stages a PipelineSummary; print it.
         """
-        penalty = get_regularizer(regularizer)
+        penalty, placement = get_regularizer(regularizer), self.place(mesh, strategy)
+        batch_size = check_count("batch_size", batch_size, "Give the samples of one step.")
+        dtype = check_dtype("dtype", jnp.float32 if dtype is None else dtype)
+        if isinstance(placement, GraphOnStages):
+            specs = self.specs(placement)
+            return summarize_graph_pipeline(placement, specs, batch_size=batch_size, dtype=dtype)
         return summarize_graph(
-            self.place(mesh, strategy),
-            batch_size=check_count("batch_size", batch_size, "Give the samples of one step."),
-            dtype=check_dtype("dtype", jnp.float32 if dtype is None else dtype),
+            placement,
+            batch_size=batch_size,
+            dtype=dtype,
             loss=None if loss is None else get_loss(loss),
             penalty=penalty if isinstance(penalty, ElementwisePenalty) else None,
         )

@@ -14,7 +14,7 @@ from tpmlp.losses import Loss
 from tpmlp.pipeline.buffers import NOTHING
 from tpmlp.pipeline.cost import stage_collectives
 from tpmlp.pipeline.memory import StepBytes, step_bytes
-from tpmlp.pipeline.placement import PipelinePlacement
+from tpmlp.pipeline.placement import PipelinePlacement, StagePlacement
 from tpmlp.placement import ParameterSpec
 from tpmlp.table import format_bytes, text_table
 
@@ -25,15 +25,16 @@ class StageSummary:
 
     Attributes:
         stage: its index.
-        layers: l of its layers, by chunk.
+        layers: l of its layers, or the numbers of its blocks, by chunk.
         peak: activations that it holds at most, each of a chunk and a microbatch.
-        received_bytes: what a device of it receives in a step, messages from other stages left out.
+        received_bytes: what a device of it receives in a step, messages from other stages left out;
+            None where it is not predicted.
     """
 
     stage: int
     layers: tuple[tuple[int, ...], ...]
     peak: int
-    received_bytes: int | float
+    received_bytes: int | float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
@@ -47,6 +48,7 @@ class PipelineSummary:
         num_microbatches: of a step.
         idle: the share of slots of the schedule that are idle.
         stages: each stage.
+        repeated: what they have, "layers" or "blocks".
         param_bytes: of the parameters on one device, and so of the gradients.
         step: temporaries of a step.
         message_bytes: what a device receives from other stages in a step: z and g in every tick,
@@ -64,6 +66,7 @@ class PipelineSummary:
     step: StepBytes
     message_bytes: int
     needed_bytes: int
+    repeated: str = "layers"
 
     def __str__(self) -> str:
         rows = [
@@ -71,11 +74,11 @@ class PipelineSummary:
                 s.stage,
                 ", ".join(_span(layers) for layers in s.layers),
                 s.peak,
-                format_bytes(s.received_bytes),
+                "?" if s.received_bytes is None else format_bytes(s.received_bytes),
             )
             for s in self.stages
         ]
-        headers = ["stage", "layers", "peak activations", "received in a step"]
+        headers = ["stage", self.repeated, "peak activations", "received in a step"]
         held = [(f.name, format_bytes(getattr(self.step, f.name))) for f in fields(self.step)]
         axes = " ".join(f"{name}={size}" for name, size in self.mesh.items())
         return (
@@ -113,18 +116,13 @@ def summarize_pipeline(
         loss: the loss; None leaves its own collectives out.
     """
     schedule, stages = placement.schedule, placement.stages
-    run, plan = execution(placement, dtype), placement.buffers
+    run = execution(placement, dtype)
     rows = padded(batch_size, placement.row_blocks) // placement.row_blocks
     tensor_devices = placement.sizes["x"] * placement.sizes["y"]
     words = placement.chain.padded_widths[1] // tensor_devices * rows
-    moved = needed = 0
-    for name, itemsize in (("h", run.compute.itemsize), ("g", run.total.itemsize)):
-        ways = (getattr(way, name) for way in (plan.from_before, plan.from_after))
-        came = [(slots != NOTHING).sum(axis=0) for slots in ways]
-        # Round a ring of two stages both ways are one, and the compiler makes the move once.
-        moves = min(sum(bool(c.any()) for c in came), schedule.num_stages - 1)
-        moved += schedule.num_ticks * moves * words * itemsize
-        needed += sum(int(c.max()) for c in came) * words * itemsize
+    moved, needed = message_bytes(
+        placement, words * run.compute.itemsize, words * run.total.itemsize
+    )
     return PipelineSummary(
         mesh=placement.sizes,
         schedule=schedule.name,
@@ -147,14 +145,33 @@ def summarize_pipeline(
             )
             for stage in range(schedule.num_stages)
         ),
-        param_bytes=_words(specs, placement) * jnp.dtype(dtype).itemsize,
+        param_bytes=param_words(specs, placement) * jnp.dtype(dtype).itemsize,
         step=step_bytes(placement, batch_size=batch_size, dtype=dtype),
         message_bytes=moved,
         needed_bytes=needed,
     )
 
 
-def _words(specs: Any, placement: PipelinePlacement) -> int:
+def message_bytes(placement: StagePlacement, h: int, g: int) -> tuple[int, int]:
+    """Return what a device receives from other stages in a step, and what of it some task reads.
+
+    Args:
+        placement: on the mesh.
+        h: bytes of a message.
+        g: bytes of a gradient of one.
+    """
+    plan, schedule, moved, needed = placement.buffers, placement.schedule, 0, 0
+    for name, size in (("h", h), ("g", g)):
+        ways = (getattr(way, name) for way in (plan.from_before, plan.from_after))
+        came = [(slots != NOTHING).sum(axis=0) for slots in ways]
+        # Round a ring of two stages both ways are one, and the compiler makes the move once.
+        moves = min(sum(bool(c.any()) for c in came), schedule.num_stages - 1)
+        moved += schedule.num_ticks * moves * size
+        needed += sum(int(c.max()) for c in came) * size
+    return moved, needed
+
+
+def param_words(specs: Any, placement: StagePlacement) -> int:
     """Return how many numbers of the parameters are on one device."""
 
     def on_device(spec: ParameterSpec) -> int:
