@@ -1,8 +1,8 @@
 """Parameters: logical arrays in and out, from mesh to mesh, and what is refused.
 
 Parameters are JAX arrays split over the mesh and padded with zeros to widths that the mesh divides:
-a tuple of layers (W_l, b_l), l at index l - 1, of an MLP; {vertex: {parameter: array}} of a Graph.
-Gradients have the same structure.
+a tuple of layers (W_l, b_l), l at index l - 1, of an MLP; {vertex: {parameter: array}} of a Graph;
+where the mesh has stages, what repeats is stacked. Gradients have the same structure.
 """
 
 from collections.abc import Callable

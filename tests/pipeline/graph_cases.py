@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import tpmlp
-from tests.graph.rows import BATCH, numbers, sole
+from tests.graph.rows import BATCH, KEY, numbers, sole
 from tests.tolerances import FLOAT64
 from tpmlp.graph import (
     Activation,
     Concatenate,
     Dense,
+    Dropout,
     Embedding,
     Input,
     LayerNorm,
@@ -33,6 +34,7 @@ from tpmlp.graph import (
     residual_mlp_block,
     transformer_block,
 )
+from tpmlp.randomness import random_words
 
 WIDTH = 9
 
@@ -65,6 +67,16 @@ SHARED = tpmlp.Graph(
         Vertex("h", Activation("tanh"), "z"),
         Vertex("again", Dense(WIDTH), "h", share="z"),
         Vertex("out", Sum(), "x", "again", "h"),
+    ]
+)
+DROPPING = tpmlp.Graph(
+    [
+        Vertex("x", Input(WIDTH)),
+        Vertex("few", Dropout(0.3), "x"),
+        Vertex("z", Dense(WIDTH), "few"),
+        Vertex("h", Activation("tanh"), "z"),
+        Vertex("fewer", Dropout(0.5), "h"),
+        Vertex("out", Sum(), "x", "fewer"),
     ]
 )
 NESTED = tpmlp.Graph([Vertex("x", Input(WIDTH)), Repeat("inner", TURNING, "x", 2)])
@@ -107,6 +119,15 @@ GRAPHS = {
     "shared": lambda n: between(SHARED, n),
     "nested": lambda n: between(NESTED, n),
     "mixed": lambda n: between(MIXED, n),
+    "dropping": lambda n: tpmlp.Graph(
+        [
+            Vertex("x", Input(WIDTH)),
+            Vertex("first", Dropout(0.2), "x"),
+            Repeat("blocks", DROPPING, "first", n),
+            Vertex("out", Dense(5), "blocks"),
+            Vertex("last", Dropout(0.2), "out"),
+        ]
+    ),
     "bare": lambda n: tpmlp.Graph([Vertex("x", Input(WIDTH)), Repeat("blocks", TURNING, "x", n)]),
     "two sources": lambda n: tpmlp.Graph(
         [
@@ -193,7 +214,8 @@ def expected(graph: tpmlp.Graph) -> tuple[np.ndarray, Any, Any]:
     w = np.random.default_rng(3).normal(size=sizes)
 
     def total(params: Any) -> jax.Array:
-        return jnp.sum(w * plain.outputs(graph, params, inputs)[graph.output])
+        words = random_words(KEY)
+        return jnp.sum(w * plain.outputs(graph, params, inputs, words=words)[graph.output])
 
     return w, *jax.jit(jax.value_and_grad(total))(params)
 
@@ -205,7 +227,8 @@ def check_step(case: Case) -> Any:
     w, loss, wanted = expected(graph)
     step = tpmlp.value_and_grad(graph, loss=None, mesh=mesh, strategy=strategy)
     placed = tpmlp.from_numpy(graph, params, mesh, strategy=strategy)
-    got_loss, grads = step(placed, sole(samples), cotangent=w)
+    key = {"key": KEY} if graph.dropouts else {}
+    got_loss, grads = step(placed, sole(samples), cotangent=w, **key)
     assert abs(got_loss - loss) <= FLOAT64 * np.abs(w).sum()
     got = tpmlp.to_numpy(graph, grads)
     for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(wanted), strict=True):

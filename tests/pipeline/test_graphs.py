@@ -39,7 +39,7 @@ CASES = [
     Case(graph="shared", times=3, sizes=(1, 2, 2, 1), schedule="zb-h2", keep="recompute"),
     Case(graph="mixed", times=4, sizes=(1, 2, 2, 2), schedule="zb-v", keep="gathered"),
     Case(graph="bare", times=9, sizes=(1, 4, 1, 2), schedule="zb-v", layout="column"),
-    Case(graph="turning", times=4, sizes=(2, 3, 1, 1), microbatches=2),
+    Case(graph="dropping", times=4, sizes=(2, 3, 1, 1), microbatches=2),
     Case(graph="text", times=3, sizes=(1, 2, 2, 2), schedule="zb-h1", microbatches=2),
 ]
 

@@ -3,7 +3,8 @@
     r_v = F_{W_v}(r of the in-neighbours of v),   h(W, x) = r of the output vertex
 
 Parameters are a dictionary {vertex: {parameter: array}}: JAX arrays split over the mesh and padded
-with zeros to widths that the mesh divides (tpmlp.parameters).
+with zeros to widths that the mesh divides (tpmlp.parameters). On a mesh with stages the blocks of a
+Repeat are stacked, those of all stages in one array (tpmlp.graph.pipeline.staged).
 """
 
 from collections.abc import Callable, Mapping
@@ -182,7 +183,8 @@ class Graph(Structure):
             dtype: float32 by default.
 
         Returns:
-            {vertex: {parameter: array}}, placed for this mesh and strategy.
+            {vertex: {parameter: array}}, placed for this mesh and strategy; a StagedGraph where it
+            has stages.
 
         Raises:
             ValueError: key is no key, or the mesh cannot have the strategy.

@@ -48,6 +48,10 @@ class Body(Protocol):
     stage: jax.Array
     types: Execution
 
+    def at(self, microbatch: Any, rows: int) -> "Body":
+        """Return the body for one microbatch, of `rows` samples a device: what drops asks which."""
+        ...
+
     def empty(self, rows: int) -> Empty:
         """Return zeros for microbatches of `rows` samples a device."""
         ...

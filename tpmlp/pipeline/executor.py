@@ -23,6 +23,7 @@ Ticks of one F, one B and one W each (Simulated.paired_s) would take longer: 1f1
 """
 
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -138,7 +139,8 @@ class _Step:
         self.types, self.dtype = self.body.types, param_dtype(params)
         m = self.schedule.num_microbatches
         self.parts = jax.tree.map(lambda a: a.reshape(m, -1, *a.shape[1:]), samples)
-        self.empty = self.body.empty(jax.tree.leaves(self.parts.x)[0].shape[1])
+        self.rows = jax.tree.leaves(self.parts.x)[0].shape[1]
+        self.empty = self.body.empty(self.rows)
         self.no_sums = zeros("K +d+p", (2,), self.types.accumulate, p="stage", **network.head.axes)
 
     def start(self) -> Carry:
@@ -159,7 +161,13 @@ class _Step:
         )
 
     def tick(self, carry: Carry, row: Row) -> tuple[Carry, None]:
-        """Run a task on each stage, then move messages.
+        """Run a task on each stage, then move messages: all of them of this stage's microbatch."""
+        step = copy(self)
+        step.body = self.body.at(row.microbatch, self.rows)
+        return step.run(carry, row)
+
+    def run(self, carry: Carry, row: Row) -> tuple[Carry, None]:
+        """Run a tick, whose microbatch the body knows.
 
         A branch gives back only what one task leaves: XLA copies whatever goes through one.
         """

@@ -70,6 +70,10 @@ class OnStage:
         slots = tuple(self.slots[c * per_chunk : (c + 1) * per_chunk])
         return Chunk(self.chain, self.types, slots, filled)
 
+    def at(self, microbatch: Any, rows: int) -> "OnStage":
+        """Return the stage: all samples are alike to it."""
+        return self
+
     def empty(self, rows: int) -> Empty:
         """Return zeros for microbatches of `rows` samples a device."""
         types, strategy = self.types, self.placement.strategy

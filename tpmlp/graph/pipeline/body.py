@@ -10,6 +10,7 @@ that did so first or in the one whose g they take.
 """
 
 from collections.abc import Callable
+from copy import copy
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from jax import lax
 
 from tpmlp.collectives import (
     all_gather,
+    block_index,
     per_stage,
     reduce_scatter,
     shift,
@@ -33,6 +35,7 @@ from tpmlp.graph.pipeline.placement import GraphOnStages
 from tpmlp.graph.pipeline.staged import StagedGraph
 from tpmlp.graph.placement import GraphPlacement, Orientation
 from tpmlp.graph.rules import Given
+from tpmlp.graph.shape import seed_of
 from tpmlp.kernels.execution import execution
 from tpmlp.kernels.network import param_dtype
 from tpmlp.pipeline.body import Empty
@@ -102,12 +105,14 @@ class GraphOnStage:
         slots: the blocks.
     """
 
-    def __init__(self, params: StagedGraph, placement: GraphOnStages) -> None:
+    def __init__(
+        self, params: StagedGraph, placement: GraphOnStages, words: jax.Array | None
+    ) -> None:
         self.placement, self.stages = placement, placement.stages
         self.dtype = param_dtype(params)
         self.types = execution(placement, self.dtype)
         self.stage = stage_index()
-        self.given = Given(self.types, placement.sizes, words=None, first_sample=0, share=None)
+        self.given = Given(self.types, placement.sizes, words, first_sample=0, share=None)
         ends = {owner: self._whole(owner, mine) for owner, mine in params.ends.items()}
         cut = placement.cut
         self.first = {here: ends[owner] for here, owner in cut.first.owners}
@@ -115,9 +120,26 @@ class GraphOnStage:
         self.last = Part(last, placement.last, self.given)
         self._shapes: dict[int, Any] = {}
         self.slots = [
-            Part(jax.tree.map(lambda a: a[0], slot), placement.block, self.given)
-            for slot in params.slots
+            Part(
+                jax.tree.map(lambda a: a[0], slot),
+                placement.block,
+                self.given._replace(seeds=self._seeds(k)),
+            )
+            for k, slot in enumerate(params.slots)
         ]
+
+    def at(self, microbatch: Any, rows: int) -> "GraphOnStage":
+        """Return the body for one microbatch."""
+        num_microbatches = self.placement.strategy.microbatches
+        first = (block_index("B/d", d="data") * num_microbatches + microbatch) * rows
+        body = copy(self)
+
+        def of_part(part: Part) -> Part:
+            return part._replace(given=part.given._replace(first_sample=first))
+
+        body.given = self.given._replace(first_sample=first)
+        body.last, body.slots = of_part(self.last), [of_part(block) for block in self.slots]
+        return body
 
     def empty(self, rows: int) -> Empty:
         """Return zeros for microbatches of `rows` samples a device."""
@@ -303,6 +325,17 @@ class GraphOnStage:
             return array
         axes = {"s": at[0], "g": at[1], "d": "data"}
         return turn_in_group("F/s/g B/d -> F/g/s B/d", array, **axes)
+
+    def _seeds(self, slot: int) -> dict[str, jax.Array]:
+        """Return what stands for the vertices that drop in random draws, in this stage's block."""
+        cut = self.placement.cut
+        blocks = [self.stages.layer_in(slot, s) or 0 for s in range(self.placement.sizes["stage"])]
+        return {
+            name: jnp.asarray([seed_of(cut.owner_in(i, name)) for i in blocks], jnp.uint32)[
+                self.stage
+            ]
+            for name in cut.block.dropouts
+        }
 
     def _chunk(self, c: int) -> list[Part]:
         per_chunk = self.stages.slots_per_chunk

@@ -146,13 +146,13 @@ def _check_skips(graph: Structure, repeat: Repeat, before: set[str], last: Itera
 
 
 def _check_kinds(graph: Structure) -> None:
-    """Refuse what depends on more than a message, or adds to the objective on its way."""
-    refused = [*graph.dropouts, *(v.name for v in graph.order if isinstance(v.kind, ActivityL1))]
-    if refused:
-        raise ValueError(
-            f'vertex "{refused[0]}" must be of a kind that a pipeline runs: got '
-            f"{graph[refused[0]].kind.label}. Leave it out, {WAY_OUT}."
-        )
+    """Refuse what adds to the objective on its way."""
+    for vertex in graph.order:
+        if isinstance(vertex.kind, ActivityL1):
+            raise ValueError(
+                f'vertex "{vertex.name}" must be of a kind that a pipeline runs: got '
+                f"{vertex.kind.label}. Leave it out, {WAY_OUT}."
+            )
 
 
 def _as_source(shape: Shape) -> Input:

@@ -1,6 +1,8 @@
 """A graph on a mesh with stages as the objective's network."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import jax
 
 from tpmlp.graph.pipeline.body import GraphOnStage
 from tpmlp.graph.pipeline.placement import GraphOnStages
@@ -15,9 +17,11 @@ class GraphPipeline(StageNetwork):
 
     Attributes:
         placement: where its arrays are, and its schedule.
+        words: two words of random bits, for dropout; None drops nothing.
     """
 
     placement: GraphOnStages
+    words: jax.Array | None = None
 
     @property
     def head(self) -> Head:
@@ -27,4 +31,8 @@ class GraphPipeline(StageNetwork):
 
     def body(self, params: StagedGraph) -> GraphOnStage:
         """Return what the executor runs, inside shard_map."""
-        return GraphOnStage(params, self.placement)
+        return GraphOnStage(params, self.placement, self.words)
+
+    def dropping(self, words: jax.Array) -> "GraphPipeline":
+        """Return the network while training: what is dropped is a function of these bits."""
+        return replace(self, words=words)

@@ -139,7 +139,8 @@ def _mask(node: Node, like: jax.Array, given: Given) -> jax.Array:
     rows = first_row + jax.lax.broadcasted_iota(jnp.int32, like.shape, 0)
     columns = first_column + jax.lax.broadcasted_iota(jnp.int32, like.shape, 1)
     counters = [vary_like(place, like).astype(jnp.uint32) for place in (columns, rows)]
-    words = jnp.stack([words[0] ^ jnp.uint32(seed_of(node.name)), words[1]])
+    seed = given.seeds.get(node.name, jnp.uint32(seed_of(node.name)))
+    words = jnp.stack([words[0] ^ seed, words[1]])
     # Not before `like` is there, or the bits of all vertices are drawn first thing, and held.
     key = after(vary_like(words, like), like)[:, None, None]
     bits, _ = threefry2x32_p.bind(*key, *counters)

@@ -8,7 +8,8 @@ samples one after another. Padding rows of every r and of every g are 0. Numbers
 total type (tpmlp.kernels.execution); products convert them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,8 @@ class Given(NamedTuple):
         words: two words of random bits, from the key; None where nothing is dropped.
         first_sample: number of this device's first sample in the whole batch.
         share: what each sample counts in the objective, "B/d"; None where no vertex adds to it.
+        seeds: by vertex whose name in the graph is known when the program runs: what stands for it
+            in random draws; seed_of the name for the others.
     """
 
     run: Execution
@@ -36,6 +39,7 @@ class Given(NamedTuple):
     words: jax.Array | None
     first_sample: Any
     share: jax.Array | None
+    seeds: Mapping[str, jax.Array] = MappingProxyType({})
 
 
 class Gradients(NamedTuple):
