@@ -19,10 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from tpmlp.collectives import (
-    all_gather,
     block_index,
     per_stage,
-    reduce_scatter,
     shift,
     stage_index,
     turn_in_group,
@@ -30,7 +28,9 @@ from tpmlp.collectives import (
     zeros_of,
 )
 from tpmlp.graph import engine
-from tpmlp.graph.engine import Arrays, Backward, Forward, Kept, Params
+from tpmlp.graph.engine import Arrays, Forward, Kept, Params
+from tpmlp.graph.pipeline.gradients import no_gradients, reduced, whole_ends
+from tpmlp.graph.pipeline.part import Part
 from tpmlp.graph.pipeline.placement import GraphOnStages
 from tpmlp.graph.pipeline.staged import StagedGraph
 from tpmlp.graph.placement import GraphPlacement, Orientation
@@ -51,44 +51,6 @@ class Deferred(NamedTuple):
 
     g: Arrays
     kept: Kept | None
-
-
-class Part(NamedTuple):
-    """A part of a graph that reads a message "F/s/g B/d": a block, or the last part.
-
-    Attributes:
-        params: its parameters.
-        placement: it on a stage.
-        given: what its passes are given.
-    """
-
-    params: Params
-    placement: GraphPlacement
-    given: Given
-
-    @property
-    def source(self) -> str:
-        """The name of what it reads."""
-        return self.placement.graph.sources[0].name
-
-    def forward(self, z: jax.Array) -> Forward:
-        """Run it; the message is kept too where the way back reads it."""
-        passed = engine.forward(self.params, {self.source: z.T}, self.given, self.placement)
-        if self.source not in engine.read_names(self.placement):
-            return passed
-        kept = passed.kept
-        return passed._replace(kept=kept._replace(values={**kept.values, self.source: z}))
-
-    def backward(self, kept: Kept, g: jax.Array) -> Backward:
-        """Go back to the message; g is of the output."""
-        return engine.backward_inputs(self.params, {}, kept, g, self.given, self.placement)
-
-    def gradients(self, kept: Kept, g: Arrays) -> Params:
-        """Return those of the parameters, from g by vertex; summed over data that splits them."""
-        reduce = self.given.run.splits_data
-        return engine.parameter_gradients(
-            self.params, {}, kept, g, self.given, self.placement, reduce=reduce
-        )
 
 
 class GraphOnStage:
@@ -113,7 +75,7 @@ class GraphOnStage:
         self.types = execution(placement, self.dtype)
         self.stage = stage_index()
         self.given = Given(self.types, placement.sizes, words, first_sample=0, share=None)
-        ends = {owner: self._whole(owner, mine) for owner, mine in params.ends.items()}
+        ends = whole_ends(params, placement)
         cut = placement.cut
         self.first = {here: ends[owner] for here, owner in cut.first.owners}
         last = {here: ends[owner] for here, owner in cut.last.owners}
@@ -152,7 +114,7 @@ class GraphOnStage:
             rows * output.shape.positions,
         )
         head = {**placement.last.head_axes, "p": "stage"}
-        slot = self._no_gradients(self.slots[0].params, placement.block)
+        slot = no_gradients(self.slots[0].params, placement.block, self.types)
         return Empty(
             message=message,
             gradient=g,
@@ -160,9 +122,9 @@ class GraphOnStage:
             deferred=(deferred,) * self.stages.slots_per_chunk,
             outputs=zeros("C/g/s B/d +p", of_outputs, self.types.total, **head),
             grads=(
-                self._no_gradients(self.first, placement.first),
+                no_gradients(self.first, placement.first, self.types),
                 *(slot,) * self.stages.num_slots,
-                self._no_gradients(self.last.params, placement.last),
+                no_gradients(self.last.params, placement.last, self.types),
             ),
         )
 
@@ -249,25 +211,7 @@ class GraphOnStage:
 
     def reduced(self, grads: tuple[Params, ...]) -> StagedGraph:
         """Sum gradients over data, and those of the ends to where they are."""
-        first, *slots, last = grads
-        cut, placement = self.placement.cut, self.placement
-        ends: dict[str, Any] = {}
-        for mine, end, part in (
-            (first, cut.first, placement.first),
-            (last, cut.last, placement.last),
-        ):
-            mine = self._over_data(mine, part)
-            for here, owner in end.owners:
-                both = owner in ends
-                ends[owner] = jax.tree.map(jnp.add, ends[owner], mine[here]) if both else mine[here]
-        return StagedGraph(
-            {owner: self._split(owner, mine) for owner, mine in ends.items()},
-            tuple(
-                jax.tree.map(lambda a: a[None], self._over_data(slot, placement.block))
-                for slot in slots
-            ),
-            self.stages,
-        )
+        return reduced(grads, self.placement, self.types)
 
     def _block_forward(self, block: Part, z: jax.Array) -> tuple[Kept, jax.Array]:
         passed = block.forward(z)
@@ -350,36 +294,3 @@ class GraphOnStage:
         return lax.cond(
             has, lambda *a: per_stage(there(*a)), lambda *a: per_stage(absent(*a)), *args
         )
-
-    def _no_gradients(self, params: Params, part: GraphPlacement) -> Any:
-        """Return zeros like the gradients of a part."""
-        partial, dtype = "+p" if self.types.splits_data else "+d+p", self.types.accumulate
-
-        def zero(owner: str, name: str, array: jax.Array) -> jax.Array:
-            axes = {**part.nodes[owner].axes, "p": "stage"}
-            return zeros(f"{part.layout(owner, name)} {partial}", array.shape, dtype, **axes)
-
-        return {
-            owner: {name: zero(owner, name, array) for name, array in mine.items()}
-            for owner, mine in params.items()
-        }
-
-    def _over_data(self, grads: Params, part: GraphPlacement) -> Params:
-        """Sum gradients over data, where W has not."""
-        return grads if self.types.splits_data else engine.reduce_gradients(grads, part)
-
-    def _whole(self, owner: str, params: Any) -> Arrays:
-        """Return an end's parameters as its part without stages has them."""
-        axes = self.placement.end_axes(owner)
-        return {
-            name: all_gather(" -> ".join(self.placement.end_layouts(owner, name)), array, **axes)
-            for name, array in params.items()
-        }
-
-    def _split(self, owner: str, grads: Any) -> Arrays:
-        """Sum an end's gradients over the stages, where it is held: `_whole`, transposed."""
-        axes, split = self.placement.end_axes(owner), {}
-        for name, array in grads.items():
-            held, used = self.placement.end_layouts(owner, name)
-            split[name] = reduce_scatter(f"{used} +p -> {held}", array, **axes)
-        return split
