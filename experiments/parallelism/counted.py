@@ -2,8 +2,8 @@
 
 A pipeline's program has every stage's tasks as branches, once a tick. Two numbers of bytes follow:
 those in the program, which an audit counts, and those that a device of the busiest stage receives,
-which runs its own branches only. Messages between stages move in every tick, needed or not, as all
-stages are in step.
+which runs its own branches only. A program in step moves messages for all stages or for none: in
+every tick, as it is compiled, and in those that bring any stage one, as it runs.
 
 Held is what is there at once: arguments (parameters, samples), results (gradients) and temporaries.
 Neither way's temporaries say enough alone: kept activations, and sums of gradients, lie in the
@@ -61,14 +61,14 @@ def predict(way: Way, model: tpmlp.MLP, *, batch_size: int, microbatches: int) -
     program = program_collectives(placement, **given)
     message = batch_size // microbatches * model.widths[1] // way.x * FLOAT_BYTES
     busiest = max(stage.received_bytes for stage in summary.stages)
-    # The sums of the stages' own layers lie where their gradients will: not in temporaries.
-    temporaries = summary.step.total - (summary.step.gradients - summary.step.ends)
+    temporaries = summary.step.total
     return {
-        "predicted_bytes": total_bytes(program) + summary.message_bytes,
-        "predicted_collectives": sum(r.times for r in program) + summary.message_bytes // message,
-        "received_bytes": busiest + summary.message_bytes,
-        "message_bytes": summary.message_bytes,
-        "needed_message_bytes": summary.needed_bytes,
+        "predicted_bytes": total_bytes(program) + summary.messages.in_program,
+        "predicted_collectives": sum(r.times for r in program)
+        + summary.messages.in_program // message,
+        "received_bytes": busiest + summary.messages.moved,
+        "message_bytes": summary.messages.moved,
+        "needed_message_bytes": summary.messages.needed,
         "predicted_temp_bytes": temporaries,
         "predicted_held_bytes": 2 * summary.param_bytes + samples + temporaries,
     }

@@ -28,16 +28,16 @@ def of_bytes(record: Record) -> str:
     """Say who communicates more."""
     rows = record["counted"]
     devices = each_devices(rows)
-    more = [times(rows, m, "bytes") for m in devices]
+    more = [times(rows, m, "received_bytes") for m in devices]
     needed = [one(rows, m, TENSOR)["bytes"] / needed_bytes(one(rows, m, "1f1b")) for m in devices]
     least, most = zip(*(extremes(rows, m) for m in devices), strict=True)
     return (
         f"Tensor parallel communicates more: on M = {listed(devices)} devices it receives "
-        f"{listed(more, '.1f')} times the bytes that 1F1B's program moves, "
-        f"{listed(needed, '.1f')} times those that 1F1B needs, in "
-        f"{one(rows, devices[0], TENSOR)['collectives']} collectives. Pipelines move from "
+        f"{listed(more, '.1f')} times the bytes that 1F1B's busiest stage receives, "
+        f"{listed(needed, '.1f')} times those that it needs, in "
+        f"{one(rows, devices[0], TENSOR)['collectives']} collectives. Pipelines receive from "
         f"{min(least):.2f} to {max(most):.2f} of its bytes, the most zb-v, whose chunks go down "
-        f"the stages and come back: a program in step moves messages that nobody needs."
+        f"the stages and come back: stages in step move messages that some do not need."
     )
 
 
@@ -228,8 +228,8 @@ def times(rows: Sequence[Row], devices: int, name: str) -> float:
 
 def extremes(rows: Sequence[Row], devices: int) -> tuple[float, float]:
     """Return the least and the most bytes of a pipeline, relative to tensor parallel."""
-    mine = [r["bytes"] for r in rows if r["devices"] == devices and r["x"] == 1]
-    tensor = one(rows, devices, TENSOR)["bytes"]
+    mine = [r["received_bytes"] for r in rows if r["devices"] == devices and r["x"] == 1]
+    tensor = one(rows, devices, TENSOR)["received_bytes"]
     return min(mine) / tensor, max(mine) / tensor
 
 

@@ -2,7 +2,7 @@
 
     a task         FLOPs / flops_per_s + bytes / bytes_per_s + collectives * latency_s
     asynchronous   makespan of tpmlp.simulate, a message after each task that sends one
-    lockstep       the slowest task of each tick, and all messages of the program after it
+    lockstep       the slowest task of each tick, and the messages that the step moves after it
     tensor         one task after another, no bubble
 
 Theory, for width d, M devices, m microbatches, s bytes a number, R FLOPs a second, in shares of

@@ -88,7 +88,7 @@ def work(
     )
     ends = [row for row in busiest if row.axes == ("stage",)]
     one = batch_size // microbatches * model.widths[1] // way.x
-    moves = summary.message_bytes / FLOAT_BYTES / one / placement.schedule.num_ticks
+    moves = summary.messages.moved / FLOAT_BYTES / one / placement.schedule.num_ticks
     return Work(
         once=_moved(ends, item_bytes),
         schedule=placement.schedule,

@@ -187,6 +187,6 @@ def test_a_summary_tells_blocks_messages_and_what_a_compiled_step_holds():
     audit = tpmlp.audit(step.compile(1024))
     assert 1 / PREDICTED <= audit.temp_bytes / summary.step.total <= PREDICTED
     moved = [row for row in audit.collectives if row.kind == "ppermute" and "stage" in row.axes]
-    assert sum(row.total_bytes or 0 for row in moved) == summary.message_bytes
+    assert sum(row.total_bytes or 0 for row in moved) == summary.messages.in_program
     assert [row.layers for row in summary.stages] == [((0, 1),), ((2,),)]
     assert "blocks" in str(summary)

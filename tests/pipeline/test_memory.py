@@ -48,7 +48,15 @@ def test_temporaries_are_what_the_schedule_says(case):
     assert 1 / TARGET <= audit.temp_bytes / summary.step.total <= TARGET
     # Whatever moves between stages is a z or a g: as many bytes as predicted.
     moved = [row for row in audit.collectives if row.kind == "ppermute" and "stage" in row.axes]
-    assert sum(row.total_bytes or 0 for row in moved) == summary.message_bytes
+    assert sum(row.total_bytes or 0 for row in moved) == summary.messages.in_program
+
+
+def test_messages_move_only_in_ticks_that_bring_a_stage_one():
+    """Of GPipe on 4 stages and 8 microbatches: 10 ticks of z, and 10 of g, of 33 each."""
+    summary, _ = compiled(((1, 4, 1, 1), "gpipe", 8, 1, (16, 8, 64), {}))
+    assert summary.num_ticks == 33
+    one = 16 * 64 // 8 * 4
+    assert summary.messages == (2 * 33 * one, 2 * 10 * one, 2 * 8 * one)
 
 
 def test_recomputation_holds_fewer_activations_and_no_more_in_all():

@@ -21,6 +21,7 @@ from tpmlp.models import Model
 from tpmlp.objective import Objective, make_objective
 from tpmlp.parameters import check_params
 from tpmlp.pipeline.staged import Staged, to_layers
+from tpmlp.placement import check_no_stages
 from tpmlp.randomness import check_dropout_key, random_words
 from tpmlp.strategy import Strategy
 
@@ -252,6 +253,8 @@ def trace(
     objective = make_objective(
         model, loss=loss, mesh=mesh, regularizer=regularizer, strategy=strategy
     )
+    if isinstance(model, Graph):
+        check_no_stages(objective.placement, "trace of a Graph")
     params = check_params(model, params, objective.placement)
     batch = place_batch(objective.placement, objective.loss, Batch(x, y, weight))
     keys = check_dropout_key(model, key)

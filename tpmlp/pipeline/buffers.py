@@ -117,6 +117,25 @@ class Buffers:
     from_self: Arrivals
     messages: tuple[tuple[Message, ...], ...]
 
+    @property
+    def rings(self) -> tuple[tuple[int, Arrivals], ...]:
+        """By how many places round the ring what arrives has come: -1 is from the stage before."""
+        return (-1, self.from_before), (1, self.from_after), (0, self.from_self)
+
+    def moves(self, content: Content) -> dict[int, np.ndarray]:
+        """Return by how many places, from 0 to p-1, a content moves, and the ticks that do it.
+
+        In a step of which all stages are a part, one moves what another has for it or not. Round a
+        ring of two, both ways are one.
+        """
+        ticks: dict[int, np.ndarray] = {}
+        for by, arrivals in self.rings:
+            due = (getattr(arrivals, content) != NOTHING).any(axis=1)
+            if due.any():
+                places = by % self.kind.shape[1]
+                ticks[places] = ticks[places] | due if places in ticks else due
+        return ticks
+
 
 def plan_buffers(schedule: Schedule) -> Buffers:
     """Return which slot of which buffer every task of a schedule uses, and what moves when.

@@ -5,8 +5,8 @@
     W   of a layer: gather g again, and h
 
 Layer 1 has F and W, the latter with its B; layer L+1 all three, and the loss, with its F. A stage
-moves these for its own layers and every microbatch; messages between stages move in every tick,
-the ends and the sums over data once a step.
+moves these for its own layers and every microbatch, messages between stages
+(tpmlp.pipeline.messages) when any stage has one, the ends and the sums over data once a step.
 
 Under keep="gathered" W does not gather h, and under "recompute" B begins with F of the layers whose
 z is not kept. Where data splits the weights, F and B gather them, and W ends with a reduce-scatter.

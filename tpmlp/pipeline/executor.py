@@ -1,9 +1,9 @@
 """The executor: runs any schedule, one tick after another, all stages in step.
 
 A tick is one turn of a loop. Every stage looks up its task and its slots in the schedule's tables
-(tpmlp.pipeline.buffers), runs it, and then messages move one step round the ring of stages: z to
-the stage after, g to the one before. Buffers have as many slots as the schedule's peak, not as
-there are microbatches, and one more for what nobody will read.
+(tpmlp.pipeline.buffers), runs it, and then, if any has a message, messages move one step round the
+ring of stages: z to the stage after, g to the one before. Buffers have as many slots as the
+schedule's peak, not as there are microbatches, and one more for what nobody will read.
 
 All stages are in step: messages end a tick, so that it takes as long as its slowest task. A runtime
 with a process a stage waits for what a task needs and for nothing else. Where F, B and W take the
@@ -245,20 +245,24 @@ class _Step:
         return jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, made)
 
     def moved(self, carry: Carry, row: Row, z: jax.Array, g: jax.Array) -> Carry:
-        """Move messages and gradients round the ring, and put what has come into the inboxes."""
-        plan = self.plan
+        """Move messages and gradients round the ring, and put what has come into the inboxes.
+
+        Where no stage is brought anything, nothing moves.
+        """
+        body, (h_moves, g_moves) = self.body, row.moves
+        came_h = {by: _if(due, partial(body.moved_h, by=by), z) for by, due in h_moves.items()}
+        came_g = {by: _if(due, partial(body.moved_g, by=by), g) for by, due in g_moves.items()}
+        if 0 in came_g:
+            # What the loss leaves for its own stage is as B reads it; at the turn of a "v" g comes
+            # from a B, as from any other stage.
+            came_g[0] = jnp.where((row.task - 1) % 3 == 0, g, came_g[0])
         inbox_h, inbox_g = carry.inbox_h, carry.inbox_g
-        ways = zip((-1, 1, 0), (plan.from_before, plan.from_after, plan.from_self), strict=True)
-        for (by, arrivals), (h_slot, g_slot) in zip(ways, row.arrivals, strict=True):
+        for (by, arrivals), (h_slot, g_slot) in zip(self.plan.rings, row.arrivals, strict=True):
+            places = by % self.schedule.num_stages
             if (arrivals.h != NOTHING).any():
-                inbox_h = _put(inbox_h, h_slot, self.body.moved_h(z, by))
+                inbox_h = _put(inbox_h, h_slot, came_h[places])
             if (arrivals.g != NOTHING).any():
-                came = self.body.moved_g(g, by)
-                if by == 0:
-                    # What the loss leaves for its own stage is as B reads it; at the turn of a "v"
-                    # g comes from a B, as from any other stage.
-                    came = jnp.where((row.task - 1) % 3 == 0, g, came)
-                inbox_g = _put(inbox_g, g_slot, came)
+                inbox_g = _put(inbox_g, g_slot, came_g[places])
         return carry._replace(inbox_h=inbox_h, inbox_g=inbox_g)
 
     def idle(self, part: Samples, kept: tuple[Any, ...], came: jax.Array, g: jax.Array) -> Done:
@@ -293,6 +297,11 @@ class _Step:
         """Run B of a chunk."""
         deferred, g_in = self.body.backward(c, kept, g)
         return self.idle(part, kept, came, g)._replace(deferred=deferred, g_out=g_in)
+
+
+def _if(due: jax.Array, move: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Array:
+    """Return an array moved where that is due, on all devices or on none."""
+    return lax.cond(due, move, lambda array: array, array)
 
 
 def _after_all(arrays: Any, others: Any) -> Any:

@@ -55,28 +55,6 @@ class Slots(ABC):
         layers = self.interior[self.route.virtual_stage(stage, chunk)]
         return layers[place] if place < len(layers) else None
 
-    def stage_of(self, layer: int) -> int:
-        """Return the stage that has a layer."""
-        return self._place(layer)[0]
-
-    def chunk_of(self, layer: int) -> int:
-        """Return which of its stage's chunks has a layer."""
-        return self._place(layer)[1]
-
-    def in_chain(self, layer: int) -> int:
-        """Return which layer of its stage's chain a layer is.
-
-        1 for the first, k + 1 for slot k of a chunk, counted from 1, K + 2 for the last.
-        """
-        if layer in (1, self.num_layers):
-            return 1 if layer == 1 else self.slots_per_chunk + 2
-        slot, _ = self.where[layer]
-        return slot % self.slots_per_chunk + 2
-
-    def _place(self, layer: int) -> tuple[int, int]:
-        virtual = next(i for i, piece in enumerate(self.pieces) if layer in piece)
-        return self.route.place(virtual)
-
     @cached_property
     def where(self) -> dict[int, tuple[int, int]]:
         """The (slot, stage) of each interior layer."""
@@ -127,6 +105,28 @@ class Stages(Slots):
     def interior(self) -> tuple[tuple[int, ...], ...]:
         """The interior layers of each virtual stage."""
         return tuple(tuple(l for l in piece if 1 < l < self.num_layers) for piece in self.pieces)
+
+    def stage_of(self, layer: int) -> int:
+        """Return the stage that has a layer."""
+        return self._place(layer)[0]
+
+    def chunk_of(self, layer: int) -> int:
+        """Return which of its stage's chunks has a layer."""
+        return self._place(layer)[1]
+
+    def in_chain(self, layer: int) -> int:
+        """Return which layer of its stage's chain a layer is.
+
+        1 for the first, k + 1 for slot k of a chunk, counted from 1, K + 2 for the last.
+        """
+        if layer in (1, self.num_layers):
+            return 1 if layer == 1 else self.slots_per_chunk + 2
+        slot, _ = self.where[layer]
+        return slot % self.slots_per_chunk + 2
+
+    def _place(self, layer: int) -> tuple[int, int]:
+        virtual = next(i for i, piece in enumerate(self.pieces) if layer in piece)
+        return self.route.place(virtual)
 
 
 @dataclass(frozen=True, kw_only=True)

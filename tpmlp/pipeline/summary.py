@@ -11,9 +11,9 @@ from tpmlp.kernels.cost import total_bytes
 from tpmlp.kernels.execution import execution
 from tpmlp.layout import padded
 from tpmlp.losses import Loss
-from tpmlp.pipeline.buffers import NOTHING
 from tpmlp.pipeline.cost import stage_collectives
 from tpmlp.pipeline.memory import StepBytes, step_bytes
+from tpmlp.pipeline.messages import Messages, message_bytes
 from tpmlp.pipeline.placement import PipelinePlacement, StagePlacement
 from tpmlp.placement import ParameterSpec
 from tpmlp.table import format_bytes, text_table
@@ -51,9 +51,8 @@ class PipelineSummary:
         repeated: what they have, "layers" or "blocks".
         param_bytes: of the parameters on one device, and so of the gradients.
         step: temporaries of a step.
-        message_bytes: what a device receives from other stages in a step: z and g in every tick,
-            whether there are any or not, as all stages are in step.
-        needed_bytes: of that what some task reads, on the stage that gets most.
+        messages: what a device receives from other stages in a step: all stages being in step, a
+            ring moves for all of them or for none.
     """
 
     mesh: dict[str, int]
@@ -64,8 +63,7 @@ class PipelineSummary:
     stages: tuple[StageSummary, ...]
     param_bytes: int
     step: StepBytes
-    message_bytes: int
-    needed_bytes: int
+    messages: Messages
     repeated: str = "layers"
 
     def __str__(self) -> str:
@@ -87,8 +85,8 @@ class PipelineSummary:
             f"{text_table(headers, rows)}\n\n"
             f"{text_table(['temporaries', 'on one device'], [*held, ('all', self._temporaries)])}\n"
             f"parameters on one device {format_bytes(self.param_bytes)}; it receives "
-            f"{format_bytes(self.message_bytes)} from other stages in a step, of which "
-            f"{format_bytes(self.needed_bytes)} are needed"
+            f"{format_bytes(self.messages.moved)} from other stages in a step, of which "
+            f"{format_bytes(self.messages.needed)} are needed"
         )
 
     __repr__ = __str__
@@ -120,9 +118,6 @@ def summarize_pipeline(
     rows = padded(batch_size, placement.row_blocks) // placement.row_blocks
     tensor_devices = placement.sizes["x"] * placement.sizes["y"]
     words = placement.chain.padded_widths[1] // tensor_devices * rows
-    moved, needed = message_bytes(
-        placement, words * run.compute.itemsize, words * run.total.itemsize
-    )
     return PipelineSummary(
         mesh=placement.sizes,
         schedule=schedule.name,
@@ -147,28 +142,8 @@ def summarize_pipeline(
         ),
         param_bytes=param_words(specs, placement) * jnp.dtype(dtype).itemsize,
         step=step_bytes(placement, batch_size=batch_size, dtype=dtype),
-        message_bytes=moved,
-        needed_bytes=needed,
+        messages=message_bytes(placement, words * run.compute.itemsize, words * run.total.itemsize),
     )
-
-
-def message_bytes(placement: StagePlacement, h: int, g: int) -> tuple[int, int]:
-    """Return what a device receives from other stages in a step, and what of it some task reads.
-
-    Args:
-        placement: on the mesh.
-        h: bytes of a message.
-        g: bytes of a gradient of one.
-    """
-    plan, schedule, moved, needed = placement.buffers, placement.schedule, 0, 0
-    for name, size in (("h", h), ("g", g)):
-        ways = (getattr(way, name) for way in (plan.from_before, plan.from_after))
-        came = [(slots != NOTHING).sum(axis=0) for slots in ways]
-        # Round a ring of two stages both ways are one, and the compiler makes the move once.
-        moves = min(sum(bool(c.any()) for c in came), schedule.num_stages - 1)
-        moved += schedule.num_ticks * moves * size
-        needed += sum(int(c.max()) for c in came) * size
-    return moved, needed
 
 
 def param_words(specs: Any, placement: StagePlacement) -> int:

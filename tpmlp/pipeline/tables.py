@@ -24,6 +24,8 @@ class Row(NamedTuple):
         defers: slot of deferred that B fills.
         arrivals: slots (h, g) for what the three rings bring: from the stage before, from the
             stage after, from itself.
+        moves: of h and of g, by how many places round the ring: whether any stage is brought
+            something.
     """
 
     task: Any
@@ -35,6 +37,7 @@ class Row(NamedTuple):
     keeps: Any
     defers: Any
     arrivals: tuple[tuple[Any, Any], ...]
+    moves: tuple[dict[int, Any], dict[int, Any]]
 
 
 def columns(plan: Buffers, stage: jax.Array) -> Row:
@@ -59,5 +62,6 @@ def columns(plan: Buffers, stage: jax.Array) -> Row:
         deferred=slots(plan.deferred, plan.num_deferred),
         keeps=slots(plan.activations, plan.num_activations, of=F),
         defers=slots(plan.deferred, plan.num_deferred, of=B),
-        arrivals=tuple(map(arrivals, (plan.from_before, plan.from_after, plan.from_self))),
+        arrivals=tuple(arrivals(of) for _, of in plan.rings),
+        moves=jax.tree.map(jnp.asarray, (plan.moves("h"), plan.moves("g"))),
     )

@@ -20,7 +20,8 @@ from tpmlp.kernels.execution import execution
 from tpmlp.layout import padded
 from tpmlp.pipeline.body import Empty
 from tpmlp.pipeline.memory import StepBytes
-from tpmlp.pipeline.summary import PipelineSummary, StageSummary, message_bytes, param_words
+from tpmlp.pipeline.messages import message_bytes
+from tpmlp.pipeline.summary import PipelineSummary, StageSummary, param_words
 
 
 def summarize_graph_pipeline(
@@ -36,7 +37,6 @@ def summarize_graph_pipeline(
     """
     schedule, stages = placement.schedule, placement.stages
     empty, ends = _shapes(placement, specs, batch_size, dtype)
-    moved, needed = message_bytes(placement, _bytes(empty.message), _bytes(empty.gradient))
     return PipelineSummary(
         mesh=placement.sizes,
         schedule=schedule.name,
@@ -58,8 +58,7 @@ def summarize_graph_pipeline(
         repeated="blocks",
         param_bytes=param_words(specs, placement) * jnp.dtype(dtype).itemsize,
         step=_step_bytes(placement, empty, ends, batch_size, dtype),
-        message_bytes=moved,
-        needed_bytes=needed,
+        messages=message_bytes(placement, _bytes(empty.message), _bytes(empty.gradient)),
     )
 
 
