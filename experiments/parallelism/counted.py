@@ -17,7 +17,7 @@ from experiments.parallelism.ways import LOSS, Row, Way
 from experiments.parallelism.work import FLOAT_BYTES
 from tpmlp.kernels.cost import total_bytes
 from tpmlp.losses import get_loss
-from tpmlp.pipeline.cost import program_collectives
+from tpmlp.pipeline.cost import program_collectives, stage_collectives
 
 
 def count(way: Way, model: tpmlp.MLP, *, batch_size: int, microbatches: int) -> Row:
@@ -50,6 +50,7 @@ def predict(way: Way, model: tpmlp.MLP, *, batch_size: int, microbatches: int) -
         return {
             "predicted_bytes": summary.bytes_moved,
             "predicted_collectives": sum(row.times for row in summary.collectives),
+            "run_collectives": sum(row.times for row in summary.collectives),
             "received_bytes": summary.bytes_moved,
             "message_bytes": 0,
             "needed_message_bytes": 0,
@@ -60,13 +61,15 @@ def predict(way: Way, model: tpmlp.MLP, *, batch_size: int, microbatches: int) -
     given: Any = {"batch_size": batch_size, "loss": get_loss(LOSS)}
     program = program_collectives(placement, **given)
     message = batch_size // microbatches * model.widths[1] // way.x * FLOAT_BYTES
-    busiest = max(stage.received_bytes for stage in summary.stages)
+    stages = (stage_collectives(placement, stage, **given) for stage in range(way.stage))
+    busiest = max(stages, key=total_bytes)
     temporaries = summary.step.total
     return {
         "predicted_bytes": total_bytes(program) + summary.messages.in_program,
         "predicted_collectives": sum(r.times for r in program)
         + summary.messages.in_program // message,
-        "received_bytes": busiest + summary.messages.moved,
+        "run_collectives": sum(r.times for r in busiest) + summary.messages.moved // message,
+        "received_bytes": total_bytes(busiest) + summary.messages.moved,
         "message_bytes": summary.messages.moved,
         "needed_message_bytes": summary.messages.needed,
         "predicted_temp_bytes": temporaries,

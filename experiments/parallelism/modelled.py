@@ -19,7 +19,7 @@ turning point down: tensor parallel is faster on slower links than theory says.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from scipy.optimize import brentq
+from scipy.optimize import root_scalar
 
 import tpmlp
 from experiments.parallelism.ways import Row, Way, ways
@@ -179,8 +179,7 @@ def turning_bytes_per_s(tensor: Work, pipeline: Work, link: Link, runtime: str) 
         return None
     if behind(1e12 / SLOWEST) <= 0:
         return 0.0
-    root = brentq(behind, 1e12 / FASTEST, 1e12 / SLOWEST, xtol=1e-9)
-    return 1e12 / float(str(root))
+    return 1e12 / root_scalar(behind, bracket=(1e12 / FASTEST, 1e12 / SLOWEST), xtol=1e-9).root
 
 
 def theory_bytes_per_s(problem: Problem, link: Link, way: Way, microbatches: int) -> float:

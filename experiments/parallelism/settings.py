@@ -150,17 +150,11 @@ class Config:
         """Return the record of an earlier run, of whose parts some are kept; or an empty one.
 
         Raises:
-            SettingError: there is none, or a part to be kept was made with other settings.
+            SettingError: a part to be kept was made with other settings.
         """
         kept = set(get_args(Part)) - set(self.parts)
-        if not kept:
+        if not kept or not self.path.exists():
             return {}
-        require(
-            self.path.exists(),
-            "a record must be there to keep the other parts of",
-            "Run make parallelism without --parts first.",
-            path=self.path,
-        )
         record = json.loads(self.path.read_text(encoding="utf-8"))
         mine = plain(asdict(self))
         for name in dict.fromkeys(name for part in kept for name in SETTINGS[part]):

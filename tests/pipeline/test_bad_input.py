@@ -9,11 +9,13 @@ import pytest
 from tests.pipeline.cases import MINE
 from tpmlp.pipeline.generators import interleaved, make_schedule, zb_h1
 from tpmlp.pipeline.route import Task
-from tpmlp.pipeline.schedule import Schedule
+from tpmlp.pipeline.schedule import Schedule, plot_schedules
 from tpmlp.pipeline.simulate import simulate
 
 SCHEDULE = Schedule.from_text(MINE)
 ODD: Any = "odd"
+SEVEN: Any = 7
+ONE: Any = SCHEDULE
 
 
 def table(first: str, second: str, **flags: Any) -> Schedule:
@@ -38,6 +40,21 @@ BAD: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         lambda: table("F0 F1 . . B0 B1 W0 W1", ". F0 F1 B0 B1 . W1 ."),
         ("no W0 of stage 1",),
     ),
+    "missing microbatches, a hundred million": (
+        lambda: Schedule.from_text("F0 B0 W0 F99999999"),
+        ("no F1 of stage 0 in 4 ticks",),
+    ),
+    "a flag that is none": (lambda: Schedule.from_text("F0 B0 W0", foo=1), ("foo=1", "'peak'")),
+    "no text": (lambda: Schedule.from_text(SEVEN), ("table must be text", "got 7")),
+    "a name simulated": (
+        lambda: simulate(ODD, 1, 1, 1),
+        ("schedule='odd'", "make_schedule('1f1b', 4, 8)"),
+    ),
+    "one schedule drawn as a list": (
+        lambda: plot_schedules(ONE),
+        ("schedules must be a list", "make_schedule"),
+    ),
+    "no schedules drawn": (lambda: plot_schedules([]), ("one or more", "got schedules=[]")),
     "missing chunk": (
         lambda: table("F0 F0.1 B0.1 W0.1 B0 . .", ". . . . . . ."),
         ("no W0 of stage 0 in 7 ticks",),

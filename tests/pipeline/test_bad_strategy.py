@@ -60,6 +60,10 @@ BAD: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         lambda: step(schedule=FOR_THREE, microbatches=4),
         ("'1f1b' of 3 stages and 4 microbatches", "stage=2", "microbatches=4"),
     ),
+    "chunks beside a schedule of one's own": (
+        lambda: step(schedule=api.make_schedule("1f1b", 2, 4), microbatches=4, chunks=3),
+        ("chunks=3", "'1f1b' with 1", "Leave chunks out"),
+    ),
     "rings": (lambda: step(overlap="ring"), ("overlap='ring'", "stage=1")),
     "layout": (lambda: step(layout=("row",) * 4), ("layout", "one word", "'auto'")),
     "equal bits": (lambda: step(reduction="invariant"), ("reduction='invariant'", "stage=1")),

@@ -254,7 +254,7 @@ def trace(
         model, loss=loss, mesh=mesh, regularizer=regularizer, strategy=strategy
     )
     if isinstance(model, Graph):
-        check_no_stages(objective.placement, "trace of a Graph")
+        check_no_stages(objective.placement, "a trace of a Graph, which verify compares too")
     params = check_params(model, params, objective.placement)
     batch = place_batch(objective.placement, objective.loss, Batch(x, y, weight))
     keys = check_dropout_key(model, key)

@@ -14,11 +14,12 @@ Results that are not there before the last tick hold the ends and dW till then, 
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import jax.numpy as jnp
 
-from tpmlp.kernels.execution import execution
+from tpmlp.kernels.execution import Execution, execution
 from tpmlp.layout import padded
 from tpmlp.pipeline.chunk import keeps_h, keeps_z
 from tpmlp.pipeline.placement import PipelinePlacement
@@ -64,18 +65,12 @@ def step_bytes(placement: PipelinePlacement, *, batch_size: int, dtype: Any) -> 
     num_devices = placement.sizes["x"] * placement.sizes["y"]
     data = placement.sizes["data"] if run.splits_data else 1
     rows = padded(batch_size, placement.row_blocks) // placement.row_blocks
-    words, widest = hidden // num_devices * rows, max(first, hidden, last)
+    words = hidden // num_devices * rows
     kept, deferred = _of_chunk(placement, rows, compute, total)
     ends = (first + last) * hidden // num_devices // data
     slots = stages.num_slots * hidden * hidden // num_devices // data
-    dW = widest * hidden // num_devices * total
-    # What one layer's gradient is a product of, both gathered; W, where that is gathered too.
-    factors = sum(widest // placement.sizes[axis] * rows for axis in ("x", "y")) * compute
-    weights = widest * hidden // num_devices * compute if run.splits_data else 0
-    # z and g as they leave, and as they came or have moved; g of the outputs; the samples.
-    messages = (
-        words * 2 * (compute + total) + (last * total + first * compute) // num_devices * rows
-    )
+    # z and g as they leave, and as they came or have moved; g of the outputs.
+    messages = words * 2 * (compute + total) + last * total // num_devices * rows
     in_results = run.accumulate.itemsize == param and (
         run.splits_data or placement.sizes["data"] == 1
     )
@@ -91,10 +86,23 @@ def step_bytes(placement: PipelinePlacement, *, batch_size: int, dtype: Any) -> 
         task=2 * kept
         + deferred
         + messages
-        + factors
-        + weights
-        + max(0, dW - max(0, room - ends * param)),
+        + _product(placement, rows, run, room=max(0, room - ends * param)),
     )
+
+
+def _product(placement: PipelinePlacement, rows: int, run: Execution, *, room: int) -> int:
+    """Return the bytes of the largest gradient of a layer beside `room`, and of its factors.
+
+    Both factors are gathered, and W too where data splits it.
+    """
+    chain, sizes, largest = placement.chain, placement.sizes, 0
+    for (d_in, d_out), axes in zip(pairwise(chain.padded_widths), chain.axes, strict=True):
+        g, s = (sizes[axes[role]] for role in "gs")
+        words = d_out // g * (d_in // s)
+        factors = (d_out // g + d_in // s) * rows + (words if run.splits_data else 0)
+        dW = max(0, words * run.total.itemsize - room)
+        largest = max(largest, dW + factors * run.compute.itemsize)
+    return largest
 
 
 def _of_chunk(placement: PipelinePlacement, rows: int, compute: int, total: int) -> tuple[int, int]:

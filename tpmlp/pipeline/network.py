@@ -100,11 +100,11 @@ class StageNetwork(ABC):
         raise NotImplementedError("a pipeline's step is value_and_grad")
 
     def at(self, first_sample: Any, num_samples: int) -> Self:
-        """Return the pipeline: all samples are alike to it."""
+        """Return the pipeline: a pass looks at all samples; microbatches are the executor's."""
         return self
 
     def dropping(self, words: jax.Array) -> Self:
-        """Return the pipeline: it drops nothing."""
+        """Return the pipeline while training; one that drops nothing is the same."""
         return self
 
 

@@ -162,11 +162,16 @@ def make_schedule_for(mesh: Mesh, strategy: Strategy) -> Schedule:
 
     Raises:
         ValueError: the schedule cannot have as few microbatches, or is one for another number of
-            stages or microbatches.
+            stages, microbatches or chunks.
     """
     schedule, num_stages = strategy.schedule, mesh.shape["stage"]
     if isinstance(schedule, str):
         return make_schedule(schedule, num_stages, strategy.microbatches, strategy.chunks)
+    if strategy.chunks not in (1, schedule.num_chunks):
+        raise ValueError(
+            f"chunks must be those of the schedule: got chunks={strategy.chunks}, schedule "
+            f"{schedule.name!r} with {schedule.num_chunks}. Leave chunks out."
+        )
     wanted = (num_stages, strategy.microbatches)
     if (schedule.num_stages, schedule.num_microbatches) != wanted:
         raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from tpmlp.pipeline.draw import draw_tables
 from tpmlp.pipeline.route import Order, Place, Route, Task, check_at_least, check_choice
-from tpmlp.pipeline.text import read_table, write_table
+from tpmlp.pipeline.text import check_flags, read_table, write_table
 from tpmlp.pipeline.validity import Ticks, as_ticks, check_ticks, count_live, find_ticks
 
 
@@ -88,8 +88,10 @@ class Schedule:
                 does not say them.
 
         Raises:
-            ValueError: a word that is no task, rows of different lengths, or no schedule.
+            ValueError: a word that is no task, rows of different lengths, another flag, or no
+                schedule.
         """
+        check_flags(flags)
         said, ticks = read_table(text)
         tasks = [task for row in ticks for task in row if task is not None]
         return cls(
@@ -149,7 +151,17 @@ class Schedule:
 
 
 def plot_schedules(schedules: Sequence[Schedule]) -> Any:
-    """Return a matplotlib Figure: a timeline for each schedule, under one axis of time."""
+    """Return a matplotlib Figure: a timeline for each schedule, under one axis of time.
+
+    Raises:
+        ValueError: what is no list of schedules, or is empty.
+    """
+    listed = schedules if isinstance(schedules, Sequence) else ()
+    if not listed or not all(isinstance(schedule, Schedule) for schedule in listed):
+        raise ValueError(
+            f"schedules must be a list of one or more tpmlp.Schedule: got schedules={schedules!r}. "
+            "Use for example [make_schedule('1f1b', 4, 8)]."
+        )
     return draw_tables([(_caption(schedule), schedule.ticks) for schedule in schedules])
 
 

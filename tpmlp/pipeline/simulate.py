@@ -113,7 +113,8 @@ def simulate(
         transfer_s: seconds of a message between stages.
 
     Raises:
-        ValueError: a time that is negative or not finite, or times for another number of stages.
+        ValueError: what is no schedule; a time that is negative or not finite, or times for another
+            number of stages.
 
     Examples:
         >>> from tpmlp.pipeline.generators import make_schedule
@@ -125,6 +126,11 @@ def simulate(
         >>> simulate(one, F_s=1, B_s=[1, 1, 1, 2], W_s=1).makespan_s
         41.0
     """
+    if not isinstance(schedule, Schedule):
+        raise ValueError(
+            f"schedule must be a tpmlp.Schedule: got schedule={schedule!r}. Use for example "
+            "make_schedule('1f1b', 4, 8)."
+        )
     by_name = _check_costs(schedule.num_stages, F_s=F_s, B_s=B_s, W_s=W_s)
     costs: Costs = {"F": by_name["F_s"], "B": by_name["B_s"], "W": by_name["W_s"]}
     _check_transfer(transfer_s)

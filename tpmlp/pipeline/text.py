@@ -33,6 +33,15 @@ def write_table(flags: Mapping[str, Any], ticks: Ticks) -> str:
     return "\n".join(lines)
 
 
+def check_flags(flags: Mapping[str, Any]) -> None:
+    """Refuse flags that a table does not have."""
+    if unknown := [name for name in flags if name not in FLAGS]:
+        raise ValueError(
+            f"flags must be of {tuple(FLAGS)}: got {unknown[0]}={flags[unknown[0]]!r}. Leave it "
+            "out."
+        )
+
+
 def read_table(text: str) -> tuple[dict[str, Any], Ticks]:
     r"""Return the flags of a text, none without a first line of them, and its table.
 
@@ -44,6 +53,8 @@ def read_table(text: str) -> tuple[dict[str, Any], Ticks]:
         >>> flags, [str(task) for (task,) in ticks]
         ({'name': 'mine', 'peak': 2}, ['F0', 'B0', 'W0'])
     """
+    if not isinstance(text, str):
+        raise ValueError(f"a table must be text: got {text!r}. Use for example 'F0 B0 W0'.")
     lines = [line for line in text.splitlines() if line.strip()]
     flags = _read_flags(lines.pop(0)) if lines and "=" in lines[0] else {}
     rows = [_read_row(line, stage) for stage, line in enumerate(lines)]

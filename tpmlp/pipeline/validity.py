@@ -4,7 +4,7 @@ Rules are checked one after another, so that each may count on those above it: s
 every task is there once, then the order of dependence, then memory.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, get_args
 
@@ -104,15 +104,21 @@ def _check_once(ticks: Ticks, route: Route, num_microbatches: int) -> Mapping[Pl
                     f"{ticks_of[place]} and {tick}. Leave one of them out."
                 )
             ticks_of[place] = tick
-    stages, chunks = range(route.num_stages), range(route.num_chunks)
-    for stage, chunk, microbatch in product(stages, chunks, range(num_microbatches)):
-        for kind in get_args(Kind):
-            if (stage, task := Task(kind, microbatch, chunk)) not in ticks_of:
-                raise ValueError(
-                    f"a task must be there once a stage: got no {task} of stage {stage} in "
-                    f"{len(ticks)} ticks. Give it a slot."
-                )
+    for stage, task in _wanted(route, num_microbatches):
+        if (stage, task) not in ticks_of:
+            raise ValueError(
+                f"a task must be there once a stage: got no {task} of stage {stage} in "
+                f"{len(ticks)} ticks. Give it a slot."
+            )
     return ticks_of
+
+
+def _wanted(route: Route, num_microbatches: int) -> Iterator[Place]:
+    """Yield every task of every stage, in turn: a wrong number may say that there are millions."""
+    for stage, chunk in product(range(route.num_stages), range(route.num_chunks)):
+        for microbatch in range(num_microbatches):
+            for kind in get_args(Kind):
+                yield stage, Task(kind, microbatch, chunk)
 
 
 def _check_dependence(ticks_of: Mapping[Place, int], route: Route) -> None:
