@@ -361,9 +361,21 @@ MUTANTS = {
     ),
     "a stage that sends g the wrong way": Mutant(
         "pipeline/executor.py",
-        "ways = zip((-1, 1, 0),",
-        "ways = zip((-1, -1, 0),",
+        "partial(body.moved_g, by=by)",
+        "partial(body.moved_g, by=-by)",
         f"{EXECUTOR}[1f1b, 1x4x2x1, 9 layers, m=8, auto, cross_entropy]",
+    ),
+    "g not turned at the bend of a v": Mutant(
+        "pipeline/executor.py",
+        "came_g[0] = jnp.where((row.task - 1) % 3 == 0, g, came_g[0])",
+        "came_g[0] = g",
+        f"{EXECUTOR}[zb-v, 1x2x2x2, 5 layers, m=2, auto, cross_entropy]",
+    ),
+    "a ring of two that moves for one way only": Mutant(
+        "pipeline/buffers.py",
+        "ticks[places] | due if places in ticks else due",
+        "due",
+        f"{EXECUTOR}[zb-v, 1x2x2x2, 8 layers, m=3, auto, logistic]",
     ),
     "g sent before its W where the two are one": Mutant(
         "pipeline/executor.py",
