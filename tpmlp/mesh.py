@@ -120,6 +120,11 @@ def make_mesh(
     return mesh
 
 
+def stage_mesh(mesh: Mesh, stage: int) -> Mesh:
+    """Return the mesh of one stage's devices, with the same axes."""
+    return Mesh(np.take(mesh.devices, [stage], AXES.index("stage")), AXES)
+
+
 def check_mesh(mesh: Mesh) -> Mesh:
     """Return the mesh, or refuse one whose axes are not data, stage, x, y, or not Auto."""
     if not isinstance(mesh, Mesh) or tuple(mesh.axis_names) != AXES:

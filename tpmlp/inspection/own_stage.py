@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tpmlp.inspection.trace import ByLayer, Trace
+from tpmlp.mesh import stage_mesh
 from tpmlp.pipeline.staged import Pair, Staged
 
 
@@ -47,10 +47,7 @@ def gradients_on_own_stages(grads: Staged) -> tuple[Pair, ...]:
 def _on(stage: int, array: jax.Array, *, of_slot: bool = False) -> jax.Array:
     """Return what one stage's devices hold of an array, of a slot without the dim of stages."""
     sharding: Any = array.sharding
-    axis = sharding.mesh.axis_names.index("stage")
-    devices = np.take(sharding.mesh.devices, [stage], axis)
-    spec = sharding.spec[1:] if of_slot else sharding.spec
-    mesh = Mesh(devices, sharding.mesh.axis_names)
+    mesh, spec = stage_mesh(sharding.mesh, stage), sharding.spec[1 if of_slot else 0 :]
     parts = [s.data for s in array.addressable_shards if s.device in mesh.devices.flat]
     return jax.make_array_from_single_device_arrays(
         array.shape[1:] if of_slot else array.shape,
