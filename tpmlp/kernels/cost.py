@@ -52,14 +52,16 @@ class Collective:
 
         These are the volumes of ring algorithms, which are also lower bounds. An int where whole.
         """
-        return _number(self._words())
+        return _number(self.exact_words)
 
     @property
     def bytes(self) -> int | float:
         """Bytes a device receives in a step, exact before the last rounding."""
         return total_bytes([self])
 
-    def _words(self) -> Fraction:
+    @property
+    def exact_words(self) -> Fraction:
+        """`words` before it is rounded."""
         rounds = 2 if self.kind == "all_reduce" else 1
         return Fraction(rounds * self.elements * (self.num_devices - 1), self.num_devices)
 
@@ -334,7 +336,7 @@ def _rows(
 
 def total_bytes(rows: Iterable[Collective]) -> int | float:
     """Return the bytes a device receives in all collectives, exact before the last rounding."""
-    return _number(sum((row._words() * row.item_bytes * row.times for row in rows), Fraction()))
+    return _number(sum((row.exact_words * row.item_bytes * row.times for row in rows), Fraction()))
 
 
 def _number(value: Fraction) -> int | float:
