@@ -4,7 +4,8 @@ The axes are always (data, stage, x, y): samples, pipeline stages, and the two t
 axis that is not used has size 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import jax
@@ -89,28 +90,21 @@ def make_mesh(
         >>> make_mesh(x=4, y=2).size
         8
     """
-    if unknown:
-        given = ", ".join(f"{name}={size}" for name, size in unknown.items())
-        raise ValueError(
-            f"mesh axis must be one of {AXES}: got {given}. Use x and y for the tensor axes, data "
-            "for the batch."
-        )
+    check_axes(unknown)
     if not isinstance(devices, Sequence | np.ndarray | None):
         raise ValueError(
             f"devices must be a sequence of JAX devices: got devices={devices!r}. Use for example "
             "jax.devices()[:4]."
         )
     pool = list(jax.devices() if devices is None else np.ravel(np.asarray(devices, object)))
-    for name, size in (("data", data), ("stage", stage), ("x", 1 if x is None else x), ("y", y)):
-        check_count(f"mesh axis {name}", size, "Leave an axis out to give it size 1.")
-    x = max(1, len(pool) // (data * stage * y)) if x is None else x
-    shape = (int(data), int(stage), int(x), int(y))
-    needed = int(np.prod(shape))
+    sizes = mesh_sizes(len(pool), data=data, stage=stage, x=x, y=y)
+    shape, needed = tuple(sizes.values()), prod(sizes.values())
     if needed > len(pool):
         raise ValueError(
-            f"mesh must not be larger than the devices: got data={data} * stage={stage} * x={x} * "
-            f"y={y} = {needed}, devices={len(pool)}. Use fewer, or call "
-            f"tpmlp.simulate_devices({needed}) before JAX starts."
+            "mesh must not be larger than the devices: got "
+            f"{' * '.join(f'{name}={size}' for name, size in sizes.items())} = {needed}, "
+            f"devices={len(pool)}. Use fewer, or call tpmlp.simulate_devices({needed}) before "
+            "JAX starts."
         )
     # Not jax.make_mesh, which refuses 8 x 8 on a 4 x 4 x 4 torus of chips.
     grid = create_device_mesh(shape, pool[:needed], allow_split_physical_axes=True)
@@ -123,6 +117,29 @@ def make_mesh(
 def stage_mesh(mesh: Mesh, stage: int) -> Mesh:
     """Return the mesh of one stage's devices, with the same axes."""
     return Mesh(np.take(mesh.devices, [stage], AXES.index("stage")), AXES)
+def mesh_sizes(
+    num_devices: int, *, data: int = 1, stage: int = 1, x: int | None = None, y: int = 1
+) -> dict[str, int]:
+    """Return the devices on each axis; arguments as in make_mesh, x=None takes what is left.
+
+    Raises:
+        ValueError: a size that is no positive integer.
+    """
+    for name, size in (("data", data), ("stage", stage), ("x", 1 if x is None else x), ("y", y)):
+        check_count(f"mesh axis {name}", size, "Leave an axis out to give it size 1.")
+    x = max(1, num_devices // (data * stage * y)) if x is None else x
+    return {"data": int(data), "stage": int(stage), "x": int(x), "y": int(y)}
+
+
+def check_axes(sizes: Mapping[str, Any]) -> None:
+    """Refuse names that are no axes of a mesh."""
+    unknown = {name: size for name, size in sizes.items() if name not in AXES}
+    if unknown:
+        given = ", ".join(f"{name}={size}" for name, size in unknown.items())
+        raise ValueError(
+            f"mesh axis must be one of {AXES}: got {given}. Use x and y for the tensor axes, data "
+            "for the batch."
+        )
 
 
 def check_mesh(mesh: Mesh) -> Mesh:
