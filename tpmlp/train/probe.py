@@ -51,7 +51,9 @@ KNOWN_IN = {
 }
 
 
-def make_optimizer(optimizer: Any, *, model: Model, placement: Any, dtype: Any) -> ShardedOptimizer:
+def make_optimizer(
+    optimizer: Any, *, model: Model, placement: Any, dtype: Any, device: Any = None
+) -> ShardedOptimizer:
     """Return the optimiser for a model on a mesh, or refuse it.
 
     Args:
@@ -59,6 +61,7 @@ def make_optimizer(optimizer: Any, *, model: Model, placement: Any, dtype: Any) 
         model: the model.
         placement: where its parameters are.
         dtype: of the parameters.
+        device: where to try it; one of the mesh by default, which must be here then.
 
     Raises:
         ValueError: it is no transformation; it needs what fit cannot give; or padding would
@@ -75,7 +78,8 @@ def make_optimizer(optimizer: Any, *, model: Model, placement: Any, dtype: Any) 
     _check_arguments(optimizer, setting)
     is_staged = placement.sizes["stage"] > 1
     if setting.is_padded or placement.is_invariant or is_staged:
-        with jax.default_device(placement.mesh.local_devices[0]), jax.enable_x64(True):
+        here = placement.mesh.local_devices[0] if device is None else device
+        with jax.default_device(here), jax.enable_x64(True):
             if placement.is_invariant or is_staged:
                 _check_elementwise(optimizer, setting, STACKED if is_staged else IN_BLOCKS)
             else:

@@ -29,7 +29,6 @@ from tpmlp.train.progress import Progress
 
 Stopped = Literal["finished", "callback", "interrupted", "diverged"]
 Params = Any
-Update = Callable[..., tuple[Params, Any, Evaluated]]
 
 # What a record says of its own batch.
 BATCH_NUMBERS = ("loss", "penalty", "accuracy")
@@ -79,10 +78,11 @@ def compile_step(
     state: Any,
     batch: Batch,
     keys: tuple[jax.Array, ...] = (),
-) -> Update:
+) -> jax.stages.Compiled:
     """Compile one training step for arrays like these; it consumes parameters and state.
 
-    Compiled ahead of time, it cannot compile again: it refuses arrays of another shape.
+    Compiled ahead of time, it cannot compile again: it refuses arrays of another shape. All may
+    be ShapeDtypeStructs, placed on devices that are only described.
 
     Raises:
         MemoryError: it does not fit the device; shows what was predicted, the optimiser's state
