@@ -56,7 +56,7 @@ endef
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train verify picture graph parallelism bench bench-torch bench-gpu absent test \
-        test-all test-gpu check format pins clean
+        test-all test-gpu test-aot check format pins clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -67,7 +67,7 @@ help: ## List the targets
 	@echo 'make bench, bench-torch and bench-gpu take BENCH_ARGS="..."; "--help" explains them.'
 	@echo 'make absent takes ABSENT_ARGS="...", make graph GRAPH_ARGS="..." and'
 	@echo '           make parallelism PARALLELISM_ARGS="..." likewise.'
-	@echo 'make test, test-all and test-gpu take PYTEST_ARGS="..." for pytest.'
+	@echo 'make test, test-all, test-gpu and test-aot take PYTEST_ARGS="..." for pytest.'
 
 setup: $(READY) ## Make the environment with pinned packages; targets that need it do so first
 	@echo '$(VENV) is ready.'
@@ -135,6 +135,9 @@ test-all: $(READY) ## Run the suite and every strategy, mesh and clean run; goes
 
 test-gpu: $(READY_GPU) ## Run the tests marked gpu, on a CUDA device
 	@JAX_PLATFORMS=cuda,cpu $(PYTEST) -n 0 -m gpu $(PYTEST_ARGS)
+
+test-aot: $(READY_ABSENT) ## Run the tests marked aot: what the compilers for TPU and CUDA make of the step
+	@$(PYTEST) -n 0 -m aot $(PYTEST_ARGS)
 
 check: $(READY) ## Check format, lint and types, changing nothing
 	@$(BIN)/ruff format --check .

@@ -27,6 +27,7 @@ from tpmlp.parameters import from_numpy, reshard, to_numpy
 from tpmlp.pipeline.generators import make_schedule
 from tpmlp.pipeline.schedule import Schedule, plot_schedules
 from tpmlp.pipeline.simulate import simulate
+from tpmlp.planner.ahead import compile_for
 from tpmlp.regularizers import elastic_net, l1, l2
 from tpmlp.step import value_and_grad
 from tpmlp.strategy import Strategy
@@ -56,6 +57,7 @@ __all__ = [
     "audit",
     "clip_by_global_norm",
     "clipped_gradient_sum",
+    "compile_for",
     "cross_entropy",
     "elastic_net",
     "evaluate",
