@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import tpmlp
 from experiments.absent.hardware import HARDWARE
 from tpmlp.inspection.audit import Audit
-from tpmlp.kernels.cost import total_bytes
-from tpmlp.predict import step_collectives, step_temp_bytes
-from tpmlp.step import Step
+from tpmlp.planner.ahead import CompiledStep
+from tpmlp.planner.moved import compare_collectives
 from tpmlp.strategy import Keep, Overlap
+from tpmlp.summary import Summary
 
 Row = dict[str, Any]
 Result = Literal["gradients", "update"]
@@ -59,6 +59,18 @@ class Program:
         """Bytes on one device of one array a layer, split over all devices."""
         elements = (self.layers - 1) * self.width * self.batch
         return elements * jnp.dtype(self.compute_dtype).itemsize // self._num_devices
+
+    @property
+    def model(self) -> tpmlp.MLP:
+        """What is trained."""
+        return tpmlp.MLP((self.width,) * (self.layers + 1))
+
+    @property
+    def strategy(self) -> tpmlp.Strategy:
+        """How it is trained."""
+        return tpmlp.Strategy(
+            compute_dtype=self.compute_dtype, keep=self.keep, overlap=self.overlap
+        )
 
     @property
     def _num_devices(self) -> int:
@@ -119,70 +131,70 @@ def _rings(hardware: str) -> list[Program]:
 
 def measure(program: Program) -> Row:
     """Compile a program and count what is in it."""
-    step = make_step(program)
-    began, began_cpu = time.perf_counter(), time.process_time()
-    compiled = step.compile(program.batch, dtype=program.dtype)
+    step = compile_gradients(program)
     if program.result == "update":
-        began, began_cpu = time.perf_counter(), time.process_time()
-        compiled = compile_update(step, compiled)
-    compile_s, compile_cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
-    audit, expected = tpmlp.audit(compiled), predicted(step, program)
+        step = compile_update(step, program)
     return {
         **asdict(program),
         "kept_bytes": program.kept_bytes,
-        "compile_s": compile_s,
-        "compile_cpu_s": compile_cpu_s,
-        **memory(audit),
-        "temp_bytes_predicted": expected["temp_bytes"],
-        **communication(audit, expected),
+        "compile_s": step.compile_s,
+        "compile_cpu_s": step.compile_cpu_s,
+        **memory(step.audit),
+        "temp_bytes_predicted": step.predicted_temp_bytes,
+        **communication(step),
     }
 
 
-def make_step(program: Program) -> Step:
-    """Return the step of a program."""
-    return tpmlp.value_and_grad(
-        tpmlp.MLP((program.width,) * (program.layers + 1)),
+def compile_gradients(program: Program) -> CompiledStep:
+    """Compile the step of a program that returns gradients."""
+    hardware = HARDWARE[program.hardware]
+    return tpmlp.compile_for(
+        program.model,
+        program.batch,
+        hardware.topology,
+        {"x": hardware.x, "y": hardware.y},
+        strategy=program.strategy,
         loss="mse",
-        mesh=HARDWARE[program.hardware].mesh(),
-        strategy=tpmlp.Strategy(
-            compute_dtype=program.compute_dtype, keep=program.keep, overlap=program.overlap
-        ),
+        dtype=program.dtype,
     )
 
 
-def compile_update(step: Step, compiled: jax.stages.Compiled) -> jax.stages.Compiled:
-    """Compile a step of gradient descent on the arguments that a step was compiled for."""
+def compile_update(step: CompiledStep, program: Program) -> CompiledStep:
+    """Compile gradient descent on the arguments that a step was compiled for.
+
+    Not compile_for's update, which is fit's: that returns more scalars, and its compilers put
+    temporaries elsewhere, up to 4 % of them.
+    """
+    (params, batch), _ = step.compiled.input_shardings
+    mesh = params[0][0].mesh
+    objective = tpmlp.value_and_grad(
+        program.model, loss="mse", mesh=mesh, strategy=program.strategy
+    ).objective
 
     def update(params: Any, batch: Any) -> tuple[jax.Array, Any]:
-        value, grads = step.objective.value_and_grad(params, batch)
+        value, grads = objective.value_and_grad(params, batch)
         new = jax.tree.map(lambda w, dw: w - jnp.asarray(RATE, w.dtype) * dw, params, grads)
         return value.loss + value.penalty, new
 
     placed = jax.tree.map(
         lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
-        compiled.args_info[0],
-        compiled.input_shardings[0],
+        step.compiled.args_info[0],
+        (params, batch),
     )
-    return jax.jit(update, donate_argnums=0).lower(*placed).compile()
-
-
-def predicted(step: Step, program: Program) -> Row:
-    """Return what tpmlp.predict expects: of each collective how many, bytes moved, bytes held."""
-    rows = step_collectives(
-        step.objective.placement,
-        bias=True,
-        batch_size=program.batch,
-        dtype=program.dtype,
-        loss=step.objective.loss,
+    began, began_cpu = time.perf_counter(), time.process_time()
+    compiled = jax.jit(update, donate_argnums=0).lower(*placed).compile()
+    compile_s, compile_cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
+    assert isinstance(step.summary, Summary)
+    found = tpmlp.audit(compiled)
+    return replace(
+        step,
+        compiled=compiled,
+        compile_s=compile_s,
+        compile_cpu_s=compile_cpu_s,
+        predicted_temp_bytes=None,
+        audit=found,
+        moved=compare_collectives(step.summary.collectives, found),
     )
-    counts: Counter[str] = Counter()
-    for row in rows:
-        hops = row.num_devices - 1 if row.kind == "ppermute" else 1
-        counts[row.kind] += hops * row.times
-    where, size = step.objective.placement, {"bias": True, "batch_size": program.batch}
-    is_step = program.result == "gradients"
-    temp_bytes = step_temp_bytes(where, **size, dtype=program.dtype) if is_step else None
-    return {"counts": dict(counts), "bytes": total_bytes(rows), "temp_bytes": temp_bytes}
 
 
 def memory(audit: Audit) -> Row:
@@ -191,21 +203,22 @@ def memory(audit: Audit) -> Row:
     return {f"{name}_bytes": getattr(audit, f"{name}_bytes") for name in names}
 
 
-def communication(audit: Audit, predicted: Row) -> Row:
+def communication(step: CompiledStep) -> Row:
     """Return collectives as compiled and as predicted, and those that are not what was written."""
-    counts = audit.counts
-    written = predicted["counts"].get("reduce_scatter", 0)
+    counts, predicted = step.audit.counts, Counter[str]()
+    for row in step.moved:
+        predicted[row.kind] += row.predicted_count
     axes: Counter[str] = Counter()
-    for row in audit.collectives:
+    for row in step.audit.collectives:
         if row.kind == "all_reduce" and row.payload_bytes >= 2**20 and row.count:
             axes[",".join(row.axes)] += row.count
-    overlapping = [row for row in audit.collectives if row.overlaps]
+    overlapping = [row for row in step.audit.collectives if row.overlaps]
     return {
         "counts": counts,
-        "counts_predicted": predicted["counts"],
-        "bytes": audit.bytes_by(),
-        "bytes_predicted": predicted["bytes"],
-        "turned": written - counts.get("reduce_scatter", 0),
+        "counts_predicted": dict(+predicted),
+        "bytes": step.audit.bytes_by(),
+        "bytes_predicted": sum(row.predicted_bytes for row in step.moved),
+        "turned": predicted["reduce_scatter"] - counts.get("reduce_scatter", 0),
         "large_all_reduces": dict(axes),
         "permutes": counts.get("ppermute", 0),
         "permutes_overlapping": sum(r.count or 0 for r in overlapping if r.kind == "ppermute"),

@@ -13,6 +13,7 @@ import pytest
 from experiments.absent import __main__ as absent
 from experiments.absent import hardware
 from experiments.absent.programs import Program, measure, programs
+from tpmlp.planner import topology
 
 SMALL: dict[str, Any] = {
     "hardware": "8 CPU",
@@ -111,10 +112,10 @@ def test_hops_of_rings_overlap_products_in_the_kept_record(name, least, overlap)
 
 
 def test_a_compiler_that_is_missing_is_named(capsys, monkeypatch):
-    monkeypatch.setattr(hardware, "find_spec", lambda _: None)
+    monkeypatch.setattr(topology, "find_spec", lambda _: None)
     assert absent.main(["--hardware", "64 v5p"]) == 2
     error = capsys.readouterr().err
-    assert "libtpu, which is not installed" in error
+    assert "libtpu is not installed" in error
     assert "pip install 'tpmlp[tpu]'" in error
     assert error.count("\n") == 1
 
