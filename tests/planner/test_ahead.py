@@ -7,6 +7,7 @@ the same of the compilers for TPUs and GPUs (make test-aot).
 
 from dataclasses import replace
 from importlib.resources import files
+from typing import Any
 
 import jax
 import numpy as np
@@ -191,6 +192,7 @@ def test_a_topology_that_is_none_is_refused(case):
 
 
 def test_a_mesh_of_another_size_is_refused_before_a_compiler_is_asked_for():
+    devices: Any = tpmlp.make_mesh(x=8)
     with pytest.raises(ValueError, match=r"x=4 \* y=4 = 16, topology='v5p:4x4x4' of 64 devices"):
         tpmlp.compile_for(MLP, 8, "v5p:4x4x4", {"x": 4, "y": 4})
     with pytest.raises(ValueError, match=r"data=3 \* .* x=21 \* y=1 = 63, .* of 64"):
@@ -200,7 +202,7 @@ def test_a_mesh_of_another_size_is_refused_before_a_compiler_is_asked_for():
     with pytest.raises(ValueError, match=r"mesh axis x must be a positive integer: got .*x=0"):
         tpmlp.compile_for(MLP, 8, "cpu:8", {"x": 0})
     with pytest.raises(ValueError, match=r"mesh must be sizes of mesh axes: got mesh=Mesh"):
-        tpmlp.compile_for(MLP, 8, "cpu:8", tpmlp.make_mesh(x=8))  # pyright: ignore
+        tpmlp.compile_for(MLP, 8, "cpu:8", devices)
 
 
 def test_devices_that_this_process_does_not_have_are_refused():
