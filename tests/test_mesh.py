@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 
 import tpmlp
 from tpmlp import collectives
-from tpmlp.mesh import AXES, check_mesh
+from tpmlp.mesh import AXES, check_mesh, describe_mesh
 
 
 def test_a_mesh_has_the_four_axes_in_order_and_automatic(mesh):
@@ -93,6 +93,11 @@ def test_a_mesh_of_explicit_axes_is_refused():
 def test_what_is_no_mesh_is_refused(wrong):
     with pytest.raises(ValueError, match=r"mesh must have the axes"):
         check_mesh(wrong)
+
+
+def test_a_mesh_that_is_only_described_is_refused_where_arrays_are_placed():
+    with pytest.raises(ValueError, match=r"mesh must be one of devices.*tpmlp.make_mesh"):
+        check_mesh(describe_mesh(platform="cpu", x=4))
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 2.0, "8", True])

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from tpmlp.checks import check_count
 from tpmlp.preflight import check_collectives
@@ -142,8 +142,50 @@ def check_axes(sizes: Mapping[str, Any]) -> None:
         )
 
 
-def check_mesh(mesh: Mesh) -> Mesh:
+def describe_mesh(*, platform: str, data: int = 1, stage: int = 1, x: int = 1, y: int = 1) -> Any:
+    """Return a mesh of devices that are only described: any number, none of them there.
+
+    What is predicted from a mesh (tpmlp.placement, tpmlp.predict, tpmlp.pipeline) is the same on
+    it as on devices. Nothing can be placed on it or run.
+
+    Args:
+        platform: the kind of device, "cpu", "gpu" or "tpu", which predictions depend on.
+        data: devices over which the batch is split.
+        stage: pipeline stages.
+        x: devices on the first tensor axis.
+        y: devices on the second tensor axis.
+
+    Returns:
+        An AbstractMesh, which has all that predictions read of a Mesh.
+
+    Examples:
+        >>> describe_mesh(platform="tpu", data=64, x=8, y=8).size
+        4096
+    """
+    device = AbstractDevice(device_kind=platform, num_cores=None, platform=platform)
+    sizes, types = (data, stage, x, y), (AxisType.Auto,) * len(AXES)
+    return AbstractMesh(sizes, AXES, types, abstract_device=device)
+
+
+def mesh_platform(mesh: Mesh | AbstractMesh) -> str:
+    """Return the kind of device: "cpu", "tpu", "gpu".
+
+    Examples:
+        >>> mesh_platform(describe_mesh(platform="tpu")), mesh_platform(make_mesh(x=1))
+        ('tpu', 'cpu')
+    """
+    if isinstance(mesh, AbstractMesh):
+        return mesh.abstract_device.platform
+    return mesh.devices.flat[0].platform
+
+
+def check_mesh(mesh: Mesh | AbstractMesh) -> Mesh:
     """Return the mesh, or refuse one whose axes are not data, stage, x, y, or not Auto."""
+    if isinstance(mesh, AbstractMesh):
+        raise ValueError(
+            f"mesh must be one of devices, to place arrays on: got {mesh!r}. Make it with "
+            "tpmlp.make_mesh; an AbstractMesh only describes one."
+        )
     if not isinstance(mesh, Mesh) or tuple(mesh.axis_names) != AXES:
         axes = getattr(mesh, "axis_names", mesh)
         raise ValueError(

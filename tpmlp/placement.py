@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tpmlp.checks import check_dtype
 from tpmlp.kernels.cost import NUM_BLOCKS, NUM_PIECES, layer_words
 from tpmlp.layout import padded, partition_spec
-from tpmlp.mesh import check_mesh
+from tpmlp.mesh import check_mesh, mesh_platform
 from tpmlp.strategy import Strategy
 
 OTHER = {"column": "row", "row": "column"}
@@ -144,7 +144,7 @@ class OnMesh:
     @property
     def platform(self) -> str:
         """The kind of device: "cpu", "tpu", "gpu"."""
-        return self.mesh.devices.flat[0].platform
+        return mesh_platform(self.mesh)
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -269,7 +269,7 @@ def check_no_stages(placement: OnMesh, name: str) -> None:
 
 def _checked(strategy: Strategy, mesh: Mesh) -> Strategy:
     """Return the strategy, or refuse what the mesh's platform cannot do."""
-    platform = mesh.devices.flat[0].platform
+    platform = mesh_platform(mesh)
     for name in ("compute_dtype", "reduce_dtype"):
         # Again: 64-bit types may have been switched off since the strategy was made.
         if (dtype := getattr(strategy, name)) is not None:
