@@ -245,12 +245,17 @@ def place(widths: tuple[int, ...], mesh: Mesh, strategy: Strategy | None = None)
 
 def check_strategy(strategy: Strategy | None, mesh: Mesh) -> Strategy:
     """Return the strategy, Strategy() for None, or refuse what the mesh cannot do."""
+    return check_described(strategy, check_mesh(mesh))
+
+
+def check_described(strategy: Strategy | None, mesh: Mesh) -> Strategy:
+    """Return what check_strategy does, for a mesh that may be only described."""
     if not isinstance(strategy, Strategy | None):
         raise ValueError(
             f"strategy must be a tpmlp.Strategy: got strategy={strategy!r}. Use for example "
             "Strategy(layout='column')."
         )
-    return _checked(strategy or Strategy(), check_mesh(mesh))
+    return _checked(strategy or Strategy(), mesh)
 
 
 def check_no_stages(placement: OnMesh, name: str) -> None:

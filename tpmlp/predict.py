@@ -51,22 +51,42 @@ def step_collectives(
     types = step_types(placement, dtype)
     shapes = layer_shapes(placement, bias=bias, batch_size=batch_size)
     forward = [row for shape in shapes for row in forward_collectives(shape, types)]
-    objective = []
-    if loss is not None:
-        objective = loss_collectives(
-            num_outputs=placement.padded_widths[-1],
-            gathers_outputs=types.invariant or loss.targets == "any",
-            gathers_targets=types.invariant and loss.targets == "values",
-            num_reduced=loss.num_reduced,
-            num_sums=2,
-            mean=loss.reduction == "mean",
-            batch=shapes[0].batch,
-            penalty=penalty,
-            num_arrays=len(shapes) * (1 + bias),
-            types=types,
-            sizes=placement.sizes,
-        )
+    objective = objective_collectives(placement, shapes, types, loss=loss, penalty=penalty)
     return [*forward, *objective, *_backward(placement, shapes, types)]
+
+
+def objective_collectives(
+    placement: Placement,
+    shapes: list[LayerShape],
+    types: Types,
+    *,
+    loss: Loss | None,
+    penalty: bool = False,
+) -> list[Collective]:
+    """Return the collectives of the loss and of R(W); none of a loss of None.
+
+    Args:
+        placement: the layers on their mesh.
+        shapes: of every layer.
+        types: bytes of an element.
+        loss: the loss, or None.
+        penalty: whether there is an elementwise R(W).
+    """
+    if loss is None:
+        return []
+    return loss_collectives(
+        num_outputs=placement.padded_widths[-1],
+        gathers_outputs=types.invariant or loss.targets == "any",
+        gathers_targets=types.invariant and loss.targets == "values",
+        num_reduced=loss.num_reduced,
+        num_sums=2,
+        mean=loss.reduction == "mean",
+        batch=shapes[0].batch,
+        penalty=penalty,
+        num_arrays=len(shapes) * (1 + shapes[0].bias),
+        types=types,
+        sizes=placement.sizes,
+    )
 
 
 def step_temp_bytes(

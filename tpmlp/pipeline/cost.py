@@ -139,9 +139,9 @@ def stage_collectives(
         for k in range(1, stages.slots_per_chunk + 1):
             rows += tasks.layer(k + 1, "FBW") if k <= filled else tasks.empty(k + 1)
     rows += _ends(tasks, [stage])
-    once, each = _of_loss(tasks, [stage])
+    once, each = of_loss(tasks, [stage])
     moved = [replace(row, times=m) for row in (*rows, *each)]
-    return [*moved, *once, *_sums(tasks)]
+    return [*moved, *once, *sums(tasks)]
 
 
 def program_collectives(
@@ -163,9 +163,9 @@ def program_collectives(
             # A slot that is empty somewhere is a branch, if any of the chunk is.
             rows += tasks.empty(k + 1) if least < stages.slots_per_chunk else []
     rows += _ends(tasks, everywhere)
-    once, each = _of_loss(tasks, everywhere)
+    once, each = of_loss(tasks, everywhere)
     moved = [replace(row, times=ticks) for row in (*rows, *each)]
-    return [*moved, *once, *_sums(tasks)]
+    return [*moved, *once, *sums(tasks)]
 
 
 def _ends(tasks: Tasks, on: Any) -> Iterator[Collective]:
@@ -177,7 +177,7 @@ def _ends(tasks: Tasks, on: Any) -> Iterator[Collective]:
         yield from tasks.layer(len(tasks.shapes), "FBW")
 
 
-def _of_loss(tasks: Tasks, on: Any) -> tuple[list[Collective], list[Collective]]:
+def of_loss(tasks: Tasks, on: Any) -> tuple[list[Collective], list[Collective]]:
     """Return those of the loss that run once a step, and those of each microbatch."""
     route, rows = tasks.placement.schedule.route, tasks.loss_rows()
     once = [row for row in rows if row.axes == ("data",)]
@@ -185,7 +185,7 @@ def _of_loss(tasks: Tasks, on: Any) -> tuple[list[Collective], list[Collective]]
     return once, [row for row in rows if row not in once and has_loss]
 
 
-def _sums(tasks: Tasks) -> Iterator[Collective]:
+def sums(tasks: Tasks) -> Iterator[Collective]:
     """Yield the sums of gradients over data, and what the stages share once a step."""
     placement, types, shapes = tasks.placement, tasks.types, tasks.shapes
     slots = shapes[1:-1] * placement.schedule.num_chunks

@@ -166,7 +166,7 @@ def make_schedule_for(mesh: Mesh, strategy: Strategy) -> Schedule:
     """
     schedule, num_stages = strategy.schedule, mesh.shape["stage"]
     if isinstance(schedule, str):
-        return make_schedule(schedule, num_stages, strategy.microbatches, strategy.chunks)
+        return _named_schedule(schedule, num_stages, strategy.microbatches, strategy.chunks)
     if strategy.chunks not in (1, schedule.num_chunks):
         raise ValueError(
             f"chunks must be those of the schedule: got chunks={strategy.chunks}, schedule "
@@ -181,6 +181,10 @@ def make_schedule_for(mesh: Mesh, strategy: Strategy) -> Schedule:
             f"microbatches={strategy.microbatches}. Use a name, such as '1f1b', or make it anew."
         )
     return schedule
+
+
+# A planner places one schedule on many meshes.
+_named_schedule = lru_cache(maxsize=64)(make_schedule)
 
 
 def slots_route(schedule: Schedule) -> Route:
