@@ -13,6 +13,7 @@ back to where they are.
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -42,7 +43,9 @@ class StagePlacement(OnMesh):
     @cached_property
     def buffers(self) -> Buffers:
         """What the schedule needs of memory, and what moves when."""
-        return plan_buffers(self.schedule)
+        if isinstance(self.strategy.schedule, Schedule):
+            return plan_buffers(self.schedule)
+        return _named_buffers(*_named(self.sizes["stage"], self.strategy))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +169,7 @@ def make_schedule_for(mesh: Mesh, strategy: Strategy) -> Schedule:
     """
     schedule, num_stages = strategy.schedule, mesh.shape["stage"]
     if isinstance(schedule, str):
-        return _named_schedule(schedule, num_stages, strategy.microbatches, strategy.chunks)
+        return _named_schedule(*_named(num_stages, strategy))
     if strategy.chunks not in (1, schedule.num_chunks):
         raise ValueError(
             f"chunks must be those of the schedule: got chunks={strategy.chunks}, schedule "
@@ -185,6 +188,16 @@ def make_schedule_for(mesh: Mesh, strategy: Strategy) -> Schedule:
 
 # A planner places one schedule on many meshes.
 _named_schedule = lru_cache(maxsize=64)(make_schedule)
+
+
+@lru_cache(maxsize=64)
+def _named_buffers(*named: Any) -> Buffers:
+    return plan_buffers(_named_schedule(*named))
+
+
+def _named(num_stages: int, strategy: Strategy) -> tuple[Any, ...]:
+    """Return what make_schedule is given for a strategy that names its schedule."""
+    return strategy.schedule, num_stages, strategy.microbatches, strategy.chunks
 
 
 def slots_route(schedule: Schedule) -> Route:

@@ -14,8 +14,8 @@ from tpmlp.losses import Loss
 from tpmlp.pipeline.cost import stage_collectives
 from tpmlp.pipeline.memory import StepBytes, step_bytes
 from tpmlp.pipeline.messages import Messages, message_bytes
-from tpmlp.pipeline.placement import PipelinePlacement, StagePlacement
-from tpmlp.placement import ParameterSpec
+from tpmlp.pipeline.placement import PipelinePlacement
+from tpmlp.placement import OnMesh, ParameterSpec
 from tpmlp.table import format_bytes, text_table
 
 
@@ -146,12 +146,13 @@ def summarize_pipeline(
     )
 
 
-def param_words(specs: Any, placement: StagePlacement) -> int:
+def param_words(specs: Any, placement: OnMesh) -> int:
     """Return how many numbers of the parameters are on one device."""
+    num_blocks = placement.num_blocks
 
     def on_device(spec: ParameterSpec) -> int:
         # Whether over its first dim or over others, the stages split every array.
-        return prod(spec.padded(placement.num_blocks)) // placement.num_blocks
+        return prod(spec.padded(num_blocks)) // num_blocks
 
     return sum(map(on_device, jax.tree.leaves(specs)))
 
