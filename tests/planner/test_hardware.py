@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tpmlp.planner.chips import CHIPS, H100_COLLECTIVES
-from tpmlp.planner.hardware import Hardware, Level, get_hardware
+from tpmlp.planner.hardware import Hardware, Level, Span, get_hardware
 
 NODE = Level(name="node", devices=4, bytes_per_s=100.0, latency_s=0.5)
 BETWEEN = Level(name="between", devices=None, bytes_per_s=10.0, latency_s=2.0)
@@ -40,10 +40,10 @@ def test_larger_products_take_longer_at_a_rate_that_is_no_lower(chip):
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
 @pytest.mark.parametrize("kind", ["all_gather", "reduce_scatter", "all_reduce"])
 def test_more_bytes_and_more_nodes_take_longer(chip, kind):
-    by_size = [chip.collective_s(kind, 2**i, size=4, stride=1) for i in range(20, 33)]
+    by_size = [chip.collective_s(kind, 2**i, Span(4, 1, 4)) for i in range(20, 33)]
     assert by_size == sorted(by_size)
-    far = chip.levels[0].devices
-    assert chip.collective_s(kind, 2**28, size=4, stride=far) > by_size[8]
+    far = chip.levels[0].devices or 1
+    assert chip.collective_s(kind, 2**28, Span(4, far, 4 * far)) > by_size[8]
 
 
 def test_h100_reaches_what_was_measured():
@@ -57,15 +57,15 @@ def test_h100_reaches_what_was_measured():
     for kind, groups in H100_COLLECTIVES.items():
         for size, curve in groups.items():
             for num_bytes, seconds in curve:
-                predicted = h100.collective_s(kind, num_bytes, size, stride=1)
+                predicted = h100.collective_s(kind, num_bytes, Span(size, 1, size))
                 assert predicted == pytest.approx(seconds)
 
 
 def test_a_group_of_another_size_takes_what_the_nearest_does_for_the_bytes_it_receives():
     h100 = get_hardware("h100")
     # 7/8 of V received by each of 8 is 3/4 of 7/6 V received by each of 4.
-    of_8 = h100.collective_s("all_gather", 6e8, size=8, stride=1)
-    assert of_8 == pytest.approx(h100.collective_s("all_gather", 7e8, size=4, stride=1))
+    of_8 = h100.collective_s("all_gather", 6e8, Span(8, 1, 8))
+    assert of_8 == pytest.approx(h100.collective_s("all_gather", 7e8, Span(4, 1, 8)))
 
 
 def test_shares_of_the_peak_are_interpolated_by_the_logarithm_of_the_side():
@@ -82,14 +82,14 @@ def test_a_thin_product_takes_what_its_bytes_take():
 
 def test_a_collective_inside_a_node_is_a_ring():
     # Three steps of 0.5 s, and 3/4 of 400 bytes at 100 bytes a second; twice that for all-reduce.
-    assert MINE.collective_s("all_gather", 400.0, size=4, stride=1) == 1.5 + 3.0
-    assert MINE.collective_s("all_reduce", 400.0, size=4, stride=1) == 2 * (1.5 + 3.0)
+    assert MINE.collective_s("all_gather", 400.0, Span(4, 1, 8)) == 1.5 + 3.0
+    assert MINE.collective_s("all_reduce", 400.0, Span(4, 1, 8)) == 2 * (1.5 + 3.0)
 
 
 def test_a_collective_over_nodes_does_a_part_on_each_level():
     # 800 bytes over 2 in a node and 4 nodes, as neighbours are 2 apart: 400 between the nodes.
     inside, between = 0.5 + 400 / 100, 3 * 2.0 + 300 / 10
-    assert MINE.collective_s("all_gather", 800.0, size=8, stride=2) == inside + between
+    assert MINE.collective_s("all_gather", 800.0, Span(8, 2, 16)) == inside + between
 
 
 def test_bytes_received_on_all_levels_are_those_of_one_ring():
@@ -97,24 +97,37 @@ def test_bytes_received_on_all_levels_are_those_of_one_ring():
     flat = replace(MINE, levels=(replace(NODE, **free), replace(BETWEEN, **free)))
     for size, stride in ((8, 1), (8, 2), (12, 1), (6, 4), (16, 2)):
         received = 960.0 * (size - 1) / size
-        assert flat.collective_s("all_gather", 960.0, size, stride) == pytest.approx(received)
+        assert flat.collective_s("all_gather", 960.0, Span(size, stride, 48)) == pytest.approx(
+            received
+        )
 
 
-@pytest.mark.parametrize(("size", "stride", "parts"), [(8, 1, [4, 2]), (6, 1, [2, 3]), (3, 1, [3])])
-def test_what_a_node_does_not_divide_is_between_nodes(size, stride, parts):
-    assert [there for _, there in MINE.groups(size, stride)] == parts
+@pytest.mark.parametrize(
+    ("span", "parts"),
+    [
+        (Span(8, 1, 8), [("node", 4), ("between", 2)]),
+        (Span(6, 1, 6), [("node", 2), ("between", 3)]),
+        # Three in a node are neighbours; of six, the second three are in two nodes.
+        (Span(3, 1, 3), [("node", 3)]),
+        (Span(3, 1, 6), [("between", 3)]),
+        (Span(2, 4, 8), [("between", 2)]),
+        (Span(1, 1, 8), []),
+    ],
+)
+def test_what_a_node_does_not_divide_is_between_nodes(span, parts):
+    assert [(level.name, there) for level, there in MINE.groups(span)] == parts
 
 
-def test_a_message_takes_the_level_that_joins_both_ends():
-    assert MINE.message_s(100.0, stride=1) == 0.5 + 1.0
-    assert MINE.message_s(100.0, stride=4) == 2.0 + 10.0
+def test_messages_take_what_the_slowest_of_them_does():
+    assert MINE.message_s(100.0, Span(4, 1, 8)) == 0.5 + 1.0
+    assert MINE.message_s(100.0, Span(8, 1, 8)) == 2.0 + 10.0
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
 def test_what_a_file_says_is_what_was_written(chip, tmp_path):
     chip.to_json(tmp_path / "chip.json")
     again = Hardware.from_json(tmp_path / "chip.json")
-    given = ("all_gather", 3e8, 8, 1)
+    given = ("all_gather", 3e8, Span(8, 1, 64))
     assert again.collective_s(*given) == chip.collective_s(*given)
     again.to_json(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_text() == (tmp_path / "chip.json").read_text()

@@ -15,7 +15,7 @@ The size of a product m x k by k x n is its *side*, the cube root of m n k.
 import json
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -44,6 +44,20 @@ class Group(NamedTuple):
 
     level: "Level"
     size: int
+
+
+class Span(NamedTuple):
+    """Where the devices of a group are, in the order of the mesh.
+
+    Attributes:
+        size: devices of the group.
+        stride: how far its neighbours are from each other.
+        devices: of the mesh, all groups of it.
+    """
+
+    size: int
+    stride: int
+    devices: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +146,7 @@ class Hardware:
         ... )
         >>> mine.product_s(1000, 1000, 1000, "float32")
         0.002
-        >>> mine.collective_s("all_gather", 4e6, size=4, stride=1)
+        >>> mine.collective_s("all_gather", 4e6, Span(size=4, stride=1, devices=4))
         0.00033
     """
 
@@ -206,47 +220,36 @@ class Hardware:
         moved = (m * k + k * n + m * n) * ITEM_BYTES[dtype]
         return max(computing, moved / self.memory_bytes_per_s)
 
-    def groups(self, size: int, stride: int) -> list[Group]:
+    def groups(self, span: Span) -> list[Group]:
         """Return what part of a group of devices is on each level, innermost first.
-
-        Args:
-            size: devices of the group.
-            stride: how far its neighbours are from each other in the order of the mesh.
 
         Examples:
             >>> h100 = get_hardware("h100")
-            >>> [(level.name, size) for level, size in h100.groups(16, stride=2)]
+            >>> [(level.name, size) for level, size in h100.groups(Span(16, stride=2, devices=64))]
             [('NVLink', 4), ('InfiniBand NDR', 4)]
         """
         found = []
         for level in self.levels:
-            there = size if level.devices is None else _common(size, level.devices, stride)
+            there = span.size if level.devices is None else _common(span, level.devices)
             if there > 1:
                 found.append(Group(level, there))
-            size, stride = size // there, stride * there
+            span = span._replace(size=span.size // there, stride=span.stride * there)
         return found
 
-    def collective_s(self, kind: str, num_bytes: float, size: int, stride: int) -> float:
+    def collective_s(self, kind: str, num_bytes: float, span: Span) -> float:
         """Return how long a collective takes, one level after the other.
 
         Args:
             kind: of tpmlp.kernels.cost.Kind.
             num_bytes: of the whole array: gathered, or summed.
-            size: devices of the group.
-            stride: how far its neighbours are from each other in the order of the mesh.
+            span: where the devices are.
         """
-        total, inside = 0.0, 1
-        for level, there in self.groups(size, stride):
-            total += level.seconds(kind, num_bytes / inside, there)
-            inside *= there
-        return total
+        return collective_s(kind, num_bytes, self.groups(span))
 
-    def message_s(self, num_bytes: float, stride: int) -> float:
-        """Return how long a message takes to the device that is so far away."""
-        level = next(
-            level for level in self.levels if level.devices is None or stride < level.devices
-        )
-        return level.latency_s + num_bytes / level.bytes_per_s
+    def message_s(self, num_bytes: float, span: Span) -> float:
+        """Return how long messages take from each device of a group to the next, the slowest."""
+        groups = self.groups(span)
+        return max((g.level.latency_s + num_bytes / g.level.bytes_per_s for g in groups), default=0)
 
 
 ITEM_BYTES: Mapping[str, int] = {"bfloat16": 2, "float32": 4, "float64": 8}
@@ -275,9 +278,21 @@ def get_hardware(name: Any) -> Hardware:
     return name if isinstance(name, Hardware) else find_chip(name)
 
 
-def _common(size: int, joined: int, stride: int) -> int:
-    """Return how many of a group are joined: what divides both it and the joined it steps on."""
-    return math.gcd(size, joined // stride) if stride < joined and joined % stride == 0 else 1
+def collective_s(kind: str, num_bytes: float, groups: Iterable[Group]) -> float:
+    """Return how long a collective takes of which each level has a group, innermost first."""
+    total, inside = 0.0, 1
+    for level, there in groups:
+        total += level.seconds(kind, num_bytes / inside, there)
+        inside *= there
+    return total
+
+
+def _common(span: Span, joined: int) -> int:
+    """Return how many of every group are joined: all, or what divides them and what it steps on."""
+    if span.devices <= joined:
+        return span.size
+    inside = span.stride < joined and joined % span.stride == 0
+    return math.gcd(span.size, joined // span.stride) if inside else 1
 
 
 def _interpolate(curve: Curve, num_bytes: float) -> float:

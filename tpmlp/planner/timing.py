@@ -13,8 +13,7 @@ Left out: what is elementwise, the optimiser's update, launches, and reading the
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
 
@@ -30,13 +29,11 @@ from tpmlp.kernels.cost import (
 )
 from tpmlp.losses import Loss
 from tpmlp.mesh import AXES
-from tpmlp.pipeline.buffers import IDLE, KINDS, plan_buffers
+from tpmlp.pipeline.buffers import IDLE, KINDS, Content
 from tpmlp.pipeline.cost import Tasks, of_loss, sums
-from tpmlp.pipeline.generators import make_schedule
 from tpmlp.pipeline.placement import PipelinePlacement
-from tpmlp.pipeline.schedule import Schedule
 from tpmlp.placement import OnMesh, Placement
-from tpmlp.planner.hardware import Hardware
+from tpmlp.planner.hardware import Group, Hardware, Span, collective_s
 from tpmlp.predict import layer_shapes, objective_collectives, step_types
 
 # A collective, and how many like it there are.
@@ -58,7 +55,7 @@ class Amount(NamedTuple):
 
     def plus(self, other: "Amount") -> "Amount":
         """Return the sum of both."""
-        return Amount(*map(sum, zip(self, other, strict=True)))
+        return Amount(self[0] + other[0], self[1] + other[1], self[2] + other[2])
 
     def times(self, count: float) -> "Amount":
         """Return so many of it."""
@@ -73,6 +70,9 @@ class Amount(NamedTuple):
     def overlapped_s(self) -> float:
         """One behind the other."""
         return max(self.products_s, self.collectives_s)
+
+
+NOTHING = Amount()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,16 +107,19 @@ class Clock:
         hardware: the hardware.
         placement: on the mesh, whose neighbours are in the order data, stage, x, y.
         dtype: of products.
+        groups: the levels that groups of devices are on, as far as they were asked for.
     """
 
     hardware: Hardware
     placement: OnMesh
     dtype: str
+    groups: dict[Any, list[Group]] = field(default_factory=dict)
 
-    def stride(self, axes: Iterable[str]) -> int:
-        """Return how far neighbours on mesh axes are from each other."""
-        last = max(map(AXES.index, axes))
-        return prod(self.placement.sizes[axis] for axis in AXES[last + 1 :])
+    def span(self, axes: Iterable[str], size: int) -> Span:
+        """Return where a group of devices on mesh axes is."""
+        sizes, last = self.placement.sizes, max(map(AXES.index, axes))
+        stride = prod(sizes[axis] for axis in AXES[last + 1 :])
+        return Span(size, stride, prod(sizes.values()))
 
     def collectives_s(self, rows: Iterable[Collective]) -> float:
         """Return the seconds of collectives, as often as each runs."""
@@ -124,9 +127,10 @@ class Clock:
 
     def collective_s(self, row: Collective) -> float:
         """Return the seconds of a collective that runs once."""
-        return self.hardware.collective_s(
-            row.kind, row.elements * row.item_bytes, row.num_devices, self.stride(row.axes)
-        )
+        where = row.axes, row.num_devices
+        if where not in self.groups:
+            self.groups[where] = self.hardware.groups(self.span(*where))
+        return collective_s(row.kind, row.elements * row.item_bytes, self.groups[where])
 
     def products(self, shape: LayerShape, count: int) -> Amount:
         """Return so many products of a layer: of W with h or g, or of g with h."""
@@ -218,43 +222,6 @@ def _alike(
         yield shape, again, counts[sort]
 
 
-class Table(NamedTuple):
-    """A schedule as arrays.
-
-    Attributes:
-        kind: [tick, stage] of tpmlp.pipeline.buffers.
-        chunk: likewise.
-        moves: of "h" and "g", how often a message moves from each stage to another.
-    """
-
-    kind: np.ndarray
-    chunk: np.ndarray
-    moves: dict[str, int]
-
-
-def _table(schedule: Schedule) -> Table:
-    plan = plan_buffers(schedule)
-    moves = {
-        content: sum(int(ticks.sum()) for by, ticks in plan.moves(content).items() if by)
-        for content in ("h", "g")
-    }
-    return Table(plan.kind, plan.chunk, moves)
-
-
-@lru_cache(maxsize=64)
-def _named_table(name: str, num_stages: int, num_microbatches: int, num_chunks: int) -> Table:
-    return _table(make_schedule(name, num_stages, num_microbatches, num_chunks))
-
-
-def _table_of(placement: PipelinePlacement) -> Table:
-    """Return the table of a placement, made once for all meshes where it has a name."""
-    strategy, schedule = placement.strategy, placement.schedule
-    if isinstance(strategy.schedule, Schedule):
-        return _table(schedule)
-    counts = schedule.num_stages, schedule.num_microbatches, strategy.chunks
-    return _named_table(strategy.schedule, *counts)
-
-
 @dataclass(frozen=True, slots=True)
 class _StageClock:
     """The tasks of a pipeline's stages.
@@ -271,14 +238,14 @@ class _StageClock:
 
     def step_time(self) -> StepTime:
         """Return the time of a step in lockstep."""
-        table, m = _table_of(self.placement), self.placement.strategy.microbatches
+        m = self.placement.strategy.microbatches
         amounts = self.amounts()
         stages = range(self.placement.schedule.num_stages)
         busy = [sum_of(amounts[stage].values()).times(m) for stage in stages]
         longest = max(busy, key=lambda amount: amount.seconds)
-        once = self.clock.collectives_s(self.once()) + self.messages_s(table.moves)
-        alone = self.lockstep_s(table, amounts, lambda amount: amount.seconds)
-        hidden = self.lockstep_s(table, amounts, lambda amount: amount.overlapped_s)
+        once = self.clock.collectives_s(self.once()) + self.messages_s()
+        alone = self.lockstep_s(amounts, lambda amount: amount.seconds)
+        hidden = self.lockstep_s(amounts, lambda amount: amount.overlapped_s)
         return StepTime(
             products_s=longest.products_s,
             collectives_s=longest.collectives_s + once,
@@ -287,34 +254,41 @@ class _StageClock:
             flops=longest.flops,
         )
 
-    def lockstep_s(self, table: Table, amounts: Any, seconds: Any) -> float:
+    def lockstep_s(self, amounts: Any, seconds: Any) -> float:
         """Return the sum over ticks of what the slowest stage takes."""
         shape = len(KINDS) + 1, self.placement.schedule.num_stages
         costs = np.zeros((*shape, self.placement.schedule.num_chunks))
         for stage, of_stage in enumerate(amounts):
             for (kind, chunk), amount in of_stage.items():
                 costs[KINDS[kind], stage, chunk] = seconds(amount)
-        at = np.where(table.kind == IDLE, 0, table.chunk)
-        each = costs[table.kind, np.arange(shape[1])[None, :], at]
+        plan = self.placement.buffers
+        chunk = np.where(plan.kind == IDLE, 0, plan.chunk)
+        each = costs[plan.kind, np.arange(shape[1])[None, :], chunk]
         return float(each.max(axis=1).sum())
 
     def amounts(self) -> list[dict[tuple[str, int], Amount]]:
         """Return what F, B and W of each chunk take, stage by stage, of one microbatch."""
-        schedule, slots = self.placement.schedule, self.slots()
-        found = []
-        for stage in range(schedule.num_stages):
-            of_stage = {}
-            for chunk in range(schedule.num_chunks):
-                filled = self.placement.stages.count(stage, chunk)
-                for kind in KINDS:
-                    inside = [
-                        *(slot[kind] for slot, _ in slots[:filled]),
-                        *(empty[kind] for _, empty in slots[filled:]),
-                    ]
-                    ends = self.ends(stage, chunk, kind)
-                    of_stage[kind, chunk] = sum_of([*inside, *ends])
-            found.append(of_stage)
+        schedule, route = self.placement.schedule, self.placement.schedule.route
+        filled = [len(layers) for layers in self.placement.stages.interior]
+        interior = {count: self.interior(count) for count in set(filled)}
+        found = [
+            {
+                (kind, chunk): amount
+                for chunk in range(schedule.num_chunks)
+                for kind, amount in interior[filled[route.virtual_stage(stage, chunk)]].items()
+            }
+            for stage in range(schedule.num_stages)
+        ]
+        for virtual_stage, kind, amount in self.ends():
+            stage, chunk = route.place(virtual_stage)
+            found[stage][kind, chunk] = found[stage][kind, chunk].plus(amount)
         return found
+
+    def interior(self, filled: int) -> dict[str, Amount]:
+        """Return what F, B and W of the slots of a chunk take, of which the first are filled."""
+        slots = self.slots()
+        inside = [full for full, _ in slots[:filled]] + [empty for _, empty in slots[filled:]]
+        return {kind: sum_of(slot[kind] for slot in inside) for kind in KINDS}
 
     def slots(self) -> list[tuple[dict[str, Amount], dict[str, Amount]]]:
         """Return what F, B and W of each slot of a chunk take, filled and empty."""
@@ -344,35 +318,42 @@ class _StageClock:
             moved[kind] = moved[kind].plus(Amount(collectives_s=self.clock.collectives_s([row])))
         return moved
 
-    def ends(self, stage: int, chunk: int, kind: str) -> Iterator[Amount]:
-        """Yield the first layer's F, and W with its B; the last one's F, B, W, and the loss."""
-        route = self.placement.schedule.route
-        if route.place(0) == (stage, chunk) and kind != "W":
-            yield self.layer(1, "F" if kind == "F" else "W")
-        if route.place(route.num_virtual_stages - 1) == (stage, chunk) and kind == "F":
-            yield self.layer(len(self.tasks.shapes), "FBW")
-            _, each = of_loss(self.tasks, [stage])
-            yield Amount(collectives_s=self.clock.collectives_s(each))
+    def ends(self) -> Iterator[tuple[int, str, Amount]]:
+        """Yield virtual stages and tasks that have more than slots.
+
+        The first layer's F, and W with its B; all of the last one's in F, and the loss.
+        """
+        last = self.placement.schedule.route.num_virtual_stages - 1
+        yield 0, "F", self.layer(1, "F")
+        yield 0, "B", self.layer(1, "W")
+        yield last, "F", self.layer(len(self.tasks.shapes), "FBW")
+        _, each = of_loss(self.tasks, range(self.placement.schedule.num_stages))
+        yield last, "F", Amount(collectives_s=self.clock.collectives_s(each))
 
     def once(self) -> list[Collective]:
         """Return what moves once a step."""
         of_data, _ = of_loss(self.tasks, [])
         return [*of_data, *sums(self.tasks)]
 
-    def messages_s(self, moves: dict[str, int]) -> float:
+    def messages_s(self) -> float:
         """Return the seconds of the messages that move in a step."""
         shape, types = self.tasks.shapes[0], self.tasks.types
-        stride = self.clock.stride(["stage"])
-        sizes = {"h": shape.output * types.compute, "g": shape.output * types.total}
+        plan = self.placement.buffers
+        span = self.clock.span(["stage"], self.placement.schedule.num_stages)
+        sizes: dict[Content, int] = {
+            "h": shape.output * types.compute,
+            "g": shape.output * types.total,
+        }
         return sum(
-            moves[content] * self.clock.hardware.message_s(size, stride)
+            int(ticks.sum()) * self.clock.hardware.message_s(size, span)
             for content, size in sizes.items()
+            for by, ticks in plan.moves(content).items()
+            if by
         )
 
 
-def sum_of(amounts: Iterable[Amount]) -> Amount:
+def sum_of(amounts: Iterable[Amount], total: Amount = NOTHING) -> Amount:
     """Return the sum of amounts."""
-    total = Amount()
     for amount in amounts:
         total = total.plus(amount)
     return total
