@@ -15,7 +15,7 @@ from tpmlp.pipeline.cost import stage_collectives
 from tpmlp.pipeline.memory import StepBytes, step_bytes
 from tpmlp.pipeline.messages import Messages, message_bytes
 from tpmlp.pipeline.placement import PipelinePlacement
-from tpmlp.placement import OnMesh, ParameterSpec
+from tpmlp.placement import ParameterSpec
 from tpmlp.table import format_bytes, text_table
 
 
@@ -140,18 +140,21 @@ def summarize_pipeline(
             )
             for stage in range(schedule.num_stages)
         ),
-        param_bytes=param_words(specs, placement) * jnp.dtype(dtype).itemsize,
+        param_bytes=param_words(specs, placement.num_blocks) * jnp.dtype(dtype).itemsize,
         step=step_bytes(placement, batch_size=batch_size, dtype=dtype),
         messages=message_bytes(placement, words * run.compute.itemsize, words * run.total.itemsize),
     )
 
 
-def param_words(specs: Any, placement: OnMesh) -> int:
-    """Return how many numbers of the parameters are on one device."""
-    num_blocks = placement.num_blocks
+def param_words(specs: Any, num_blocks: int) -> int:
+    """Return how many numbers of the parameters are on one device.
+
+    Args:
+        specs: what each array is.
+        num_blocks: into which the mesh cuts every array, the stages over its first dim or others.
+    """
 
     def on_device(spec: ParameterSpec) -> int:
-        # Whether over its first dim or over others, the stages split every array.
         return prod(spec.padded(num_blocks)) // num_blocks
 
     return sum(map(on_device, jax.tree.leaves(specs)))

@@ -56,7 +56,7 @@ def summarize_graph_pipeline(
             for stage in range(schedule.num_stages)
         ),
         repeated="blocks",
-        param_bytes=param_words(specs, placement) * jnp.dtype(dtype).itemsize,
+        param_bytes=param_words(specs, placement.num_blocks) * jnp.dtype(dtype).itemsize,
         step=_step_bytes(placement, empty, ends, batch_size, dtype),
         messages=message_bytes(placement, _bytes(empty.message), _bytes(empty.gradient)),
     )
