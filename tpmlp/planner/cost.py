@@ -9,6 +9,7 @@ all of them, as parameters and states are updated where they are.
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -24,6 +25,8 @@ from tpmlp.model import MLP
 from tpmlp.pipeline.cost import stage_collectives
 from tpmlp.pipeline.memory import step_bytes
 from tpmlp.pipeline.placement import PipelinePlacement, place_stages
+from tpmlp.pipeline.staged import staged_specs
+from tpmlp.pipeline.stages import Stages
 from tpmlp.pipeline.summary import param_words, summarize_pipeline
 from tpmlp.placement import check_described, place_chain
 from tpmlp.planner.hardware import get_hardware
@@ -188,7 +191,8 @@ class Problem:
 
     def held(self, placement: Any) -> StepMemory:
         """Return what a device holds whatever the step does: all but temporaries."""
-        words = param_words(self.model.specs(placement), placement)
+        stages = placement.stages if isinstance(placement, PipelinePlacement) else None
+        words = _param_words(self.model, stages, placement.num_blocks)
         param_bytes = words * jnp.dtype(self.dtype).itemsize
         return StepMemory(
             param_bytes=param_bytes,
@@ -278,6 +282,13 @@ def batch_bytes(placement: Any, loss: Loss, batch_size: int, dtype: str) -> int:
         pairs = zip(jax.tree.leaves(array), jax.tree.leaves(sharding), strict=True)
         total += sum(prod(split.shard_shape(leaf.shape)) * each for leaf, split in pairs)
     return total
+
+
+@lru_cache(maxsize=1024)
+def _param_words(model: MLP, stages: Stages | None, num_blocks: int) -> int:
+    """Return how many numbers of the parameters are on one device."""
+    specs = model.parameters if stages is None else staged_specs(model.parameters, stages)
+    return param_words(specs, num_blocks)
 
 
 def _by_kind(rows: Iterable[Collective]) -> tuple[Traffic, ...]:

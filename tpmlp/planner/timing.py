@@ -222,6 +222,10 @@ def _alike(
         yield shape, again, counts[sort]
 
 
+# What F, B and W of a slot take where it is filled, and where it is empty.
+Slot = tuple[dict[str, Amount], dict[str, Amount]]
+
+
 @dataclass(frozen=True, slots=True)
 class _StageClock:
     """The tasks of a pipeline's stages.
@@ -270,7 +274,8 @@ class _StageClock:
         """Return what F, B and W of each chunk take, stage by stage, of one microbatch."""
         schedule, route = self.placement.schedule, self.placement.schedule.route
         filled = [len(layers) for layers in self.placement.stages.interior]
-        interior = {count: self.interior(count) for count in set(filled)}
+        slots = self.slots()
+        interior = {count: _interior(slots, count) for count in set(filled)}
         found = [
             {
                 (kind, chunk): amount
@@ -284,13 +289,7 @@ class _StageClock:
             found[stage][kind, chunk] = found[stage][kind, chunk].plus(amount)
         return found
 
-    def interior(self, filled: int) -> dict[str, Amount]:
-        """Return what F, B and W of the slots of a chunk take, of which the first are filled."""
-        slots = self.slots()
-        inside = [full for full, _ in slots[:filled]] + [empty for _, empty in slots[filled:]]
-        return {kind: sum_of(slot[kind] for slot in inside) for kind in KINDS}
-
-    def slots(self) -> list[tuple[dict[str, Amount], dict[str, Amount]]]:
+    def slots(self) -> list[Slot]:
         """Return what F, B and W of each slot of a chunk take, filled and empty."""
         known: dict[Any, Any] = {}
         slots = []
@@ -350,6 +349,12 @@ class _StageClock:
             for by, ticks in plan.moves(content).items()
             if by
         )
+
+
+def _interior(slots: list[Slot], filled: int) -> dict[str, Amount]:
+    """Return what F, B and W of the slots of a chunk take, of which the first are filled."""
+    inside = [full for full, _ in slots[:filled]] + [empty for _, empty in slots[filled:]]
+    return {kind: sum_of(slot[kind] for slot in inside) for kind in KINDS}
 
 
 def sum_of(amounts: Iterable[Amount], total: Amount = NOTHING) -> Amount:
