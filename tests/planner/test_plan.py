@@ -1,7 +1,7 @@
 """A plan has all there is, ranked, and runs; a failure means that it recommends something else."""
 
 import time
-from collections import Counter
+from collections import defaultdict
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -136,7 +136,7 @@ def test_the_best_runs_as_it_is_returned_and_moves_and_holds_what_it_says(found)
     step, *args = step_of(cost)
     assert np.isfinite(step(*args)[0])
     audit = tpmlp.audit(step, *args)
-    moved: Counter[Any] = Counter()
+    moved: defaultdict[Any, float] = defaultdict(float)
     for row in audit.collectives:
         assert row.total_bytes is not None
         moved[row.axes, row.kind] += row.total_bytes
