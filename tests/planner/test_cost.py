@@ -5,6 +5,7 @@ A failure means that a plan is of another program than the one that runs.
 
 import time
 from collections import defaultdict
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -13,7 +14,8 @@ import tpmlp
 from tests.planner.cases import PLAIN, problem
 from tpmlp.kernels.cost import forward_collectives, total_bytes
 from tpmlp.planner.cost import Problem
-from tpmlp.planner.hardware import get_hardware
+from tpmlp.planner.hardware import Span, get_hardware
+from tpmlp.planner.timing import Clock
 from tpmlp.predict import layer_shapes, step_types
 from tpmlp.strategy import Strategy
 
@@ -79,6 +81,34 @@ def test_bytes_of_a_pipeline_are_those_of_its_summary(mesh, strategy):
     received = max(stage.received_bytes for stage in summary.stages)
     total = sum(t.bytes for t in cost.traffic)
     assert total == pytest.approx(received + summary.messages.moved, rel=1e-12)
+
+
+# Products take no time, and a byte a second: collectives take as many seconds as there are bytes.
+BYTES = replace(PLAIN, flops_per_s=dict.fromkeys(PLAIN.flops_per_s, 1e18))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "strategy"), [*PIPELINES, *((mesh, STRATEGIES[2]) for mesh in CHAINS)], ids=name_of
+)
+def test_collectives_take_what_their_bytes_do(mesh, strategy):
+    cost = problem(WIDTHS, 24, hardware=BYTES).cost(mesh, strategy)
+    received = float(sum(t.bytes for t in cost.traffic))
+    assert cost.time.collectives_s == pytest.approx(received, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("axes", "span"),
+    [
+        (["y"], Span(5, 1, 120)),
+        (["x"], Span(4, 5, 120)),
+        (["x", "y"], Span(20, 1, 120)),
+        (["stage"], Span(3, 20, 120)),
+        (["data"], Span(2, 60, 120)),
+    ],
+)
+def test_neighbours_on_the_last_axis_are_neighbours(axes, span):
+    placement = problem(WIDTHS, 24).place({"data": 2, "stage": 3, "x": 4, "y": 5}, Strategy())
+    assert Clock(PLAIN, placement, "float32").span(axes, span.size) == span
 
 
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
