@@ -92,6 +92,13 @@ def test_what_a_plan_says_of_a_mesh_is_its_cost(found):
         assert (cost.time, cost.memory, cost.traffic) == (alone.time, alone.memory, alone.traffic)
 
 
+def test_overlap_is_bounded_by_products_and_by_none(everything):
+    costs, _ = everything
+    for taken in (cost.time for cost in costs):
+        assert taken.products_s <= taken.overlapped_s * (1 + 1e-12)
+        assert taken.overlapped_s <= taken.step_s * (1 + 1e-12)
+
+
 def test_nothing_is_both_faster_and_much_smaller_than_what_is_listed(found, everything):
     costs, _ = everything
     for cost in costs:

@@ -1,7 +1,8 @@
 """How long a step takes: products at the hardware's rates, collectives over its links.
 
     one after another   products + collectives + bubble: an upper bound, if the rates are right
-    overlapped          the larger of products and collectives, in every task, + bubble: a lower one
+    overlapped          the larger of products and collectives, of a step or, with stages, of every
+                        task in its tick: a lower bound for what compilers overlap
 
 Costs add: layers that are alike are computed once and counted. On a mesh with stages the compiled
 program runs in lockstep, so a tick takes what its slowest stage does (`lockstep_s` of
