@@ -117,6 +117,8 @@ def make_mesh(
 def stage_mesh(mesh: Mesh, stage: int) -> Mesh:
     """Return the mesh of one stage's devices, with the same axes."""
     return Mesh(np.take(mesh.devices, [stage], AXES.index("stage")), AXES)
+
+
 def mesh_sizes(
     num_devices: int, *, data: int = 1, stage: int = 1, x: int | None = None, y: int = 1
 ) -> dict[str, int]:
