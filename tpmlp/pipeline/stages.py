@@ -14,7 +14,7 @@ block.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 from tpmlp.pipeline.route import Route
@@ -29,6 +29,11 @@ class Slots(ABC):
     """
 
     route: Route
+
+    @property
+    @abstractmethod
+    def pieces(self) -> tuple[tuple[int, ...], ...]:
+        """What each virtual stage has."""
 
     @property
     @abstractmethod
@@ -96,7 +101,7 @@ class Stages(Slots):
                 f"or {p * v} layers or more."
             )
 
-    @cached_property
+    @property
     def pieces(self) -> tuple[tuple[int, ...], ...]:
         """The layers of each virtual stage."""
         return _spread(range(1, self.num_layers + 1), self.route.num_virtual_stages)
@@ -156,7 +161,7 @@ class BlockStages(Slots):
                 f"times={p * v} or more."
             )
 
-    @cached_property
+    @property
     def pieces(self) -> tuple[tuple[int, ...], ...]:
         """The blocks of each virtual stage."""
         return _spread(range(self.num_blocks), self.route.num_virtual_stages)
@@ -167,6 +172,7 @@ class BlockStages(Slots):
         return self.pieces
 
 
+@lru_cache(maxsize=256)
 def _spread(layers: range, num_pieces: int) -> tuple[tuple[int, ...], ...]:
     """Cut layers into pieces as even as can be, the longer ones first."""
     each, more = divmod(len(layers), num_pieces)

@@ -1,5 +1,6 @@
 """Summary: which stage has which layers, and what a device of a pipeline holds and sends."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from math import prod
 from typing import Any
@@ -14,7 +15,7 @@ from tpmlp.losses import Loss
 from tpmlp.pipeline.cost import stage_collectives
 from tpmlp.pipeline.memory import StepBytes, step_bytes
 from tpmlp.pipeline.messages import Messages, message_bytes
-from tpmlp.pipeline.placement import PipelinePlacement
+from tpmlp.pipeline.placement import PipelinePlacement, StagePlacement
 from tpmlp.placement import ParameterSpec
 from tpmlp.table import format_bytes, text_table
 
@@ -113,18 +114,38 @@ def summarize_pipeline(
         dtype: of the parameters.
         loss: the loss; None leaves its own collectives out.
     """
-    schedule, stages = placement.schedule, placement.stages
     run = execution(placement, dtype)
     rows = padded(batch_size, placement.row_blocks) // placement.row_blocks
     tensor_devices = placement.sizes["x"] * placement.sizes["y"]
     words = placement.chain.padded_widths[1] // tensor_devices * rows
+    given: Any = {"batch_size": batch_size, "dtype": dtype, "loss": loss}
     return PipelineSummary(
-        mesh=placement.sizes,
-        schedule=schedule.name,
-        num_ticks=schedule.num_ticks,
-        num_microbatches=schedule.num_microbatches,
-        idle=schedule.idle,
-        stages=tuple(
+        **of_schedule(
+            placement, lambda stage: total_bytes(stage_collectives(placement, stage, **given))
+        ),
+        param_bytes=param_words(specs, placement.num_blocks) * jnp.dtype(dtype).itemsize,
+        step=step_bytes(placement, batch_size=batch_size, dtype=dtype),
+        messages=message_bytes(placement, words * run.compute.itemsize, words * run.total.itemsize),
+    )
+
+
+def of_schedule(
+    placement: StagePlacement, received_bytes: Callable[[int], int | float | None]
+) -> dict[str, Any]:
+    """Return the fields of a summary that are of the mesh, the schedule and its stages.
+
+    Args:
+        placement: the model on its mesh.
+        received_bytes: of a stage, as StageSummary has it.
+    """
+    schedule, stages = placement.schedule, placement.stages
+    return {
+        "mesh": placement.sizes,
+        "schedule": schedule.name,
+        "num_ticks": schedule.num_ticks,
+        "num_microbatches": schedule.num_microbatches,
+        "idle": schedule.idle,
+        "stages": tuple(
             StageSummary(
                 stage=stage,
                 layers=tuple(
@@ -132,18 +153,11 @@ def summarize_pipeline(
                     for chunk in range(schedule.num_chunks)
                 ),
                 peak=schedule.peaks[stage],
-                received_bytes=total_bytes(
-                    stage_collectives(
-                        placement, stage, batch_size=batch_size, dtype=dtype, loss=loss
-                    )
-                ),
+                received_bytes=received_bytes(stage),
             )
             for stage in range(schedule.num_stages)
         ),
-        param_bytes=param_words(specs, placement.num_blocks) * jnp.dtype(dtype).itemsize,
-        step=step_bytes(placement, batch_size=batch_size, dtype=dtype),
-        messages=message_bytes(placement, words * run.compute.itemsize, words * run.total.itemsize),
-    )
+    }
 
 
 def param_words(specs: Any, num_blocks: int) -> int:

@@ -21,7 +21,7 @@ from tpmlp.layout import padded
 from tpmlp.pipeline.body import Empty
 from tpmlp.pipeline.memory import StepBytes
 from tpmlp.pipeline.messages import message_bytes
-from tpmlp.pipeline.summary import PipelineSummary, StageSummary, param_words
+from tpmlp.pipeline.summary import PipelineSummary, of_schedule, param_words
 
 
 def summarize_graph_pipeline(
@@ -35,26 +35,9 @@ def summarize_graph_pipeline(
         batch_size: samples of one step.
         dtype: of the parameters.
     """
-    schedule, stages = placement.schedule, placement.stages
     empty, ends = _shapes(placement, specs, batch_size, dtype)
     return PipelineSummary(
-        mesh=placement.sizes,
-        schedule=schedule.name,
-        num_ticks=schedule.num_ticks,
-        num_microbatches=schedule.num_microbatches,
-        idle=schedule.idle,
-        stages=tuple(
-            StageSummary(
-                stage=stage,
-                layers=tuple(
-                    stages.pieces[stages.route.virtual_stage(stage, chunk)]
-                    for chunk in range(schedule.num_chunks)
-                ),
-                peak=schedule.peaks[stage],
-                received_bytes=None,
-            )
-            for stage in range(schedule.num_stages)
-        ),
+        **of_schedule(placement, lambda stage: None),
         repeated="blocks",
         param_bytes=param_words(specs, placement.num_blocks) * jnp.dtype(dtype).itemsize,
         step=_step_bytes(placement, empty, ends, batch_size, dtype),
